@@ -1,0 +1,118 @@
+"""The transform contract: a frozen dataclass that changes a model (quantize, prune, factorize, merge, distil, adapt) and reports."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from formulary.contracts import parts
+from formulary.contracts.data import Data
+from formulary.contracts.edits import Editor, editing
+from formulary.contracts.report import Report
+from formulary.errors import FormularyError, UsageError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """Subclass it as a frozen dataclass whose fields are the method's parameters with the paper's defaults.
+
+    Implement `run(model, data, edit, report)`: change `model` through `edit` (so that failure undoes it), tell `report` every
+    part changed or skipped, and return None, or a new model when the method makes one. Validate parameters in `__post_init__`
+    (call `super().__post_init__()`), raising `UsageError` with the value and what is allowed.
+
+    `targets` and `ignore` choose parts by globs over dotted names or by class names.
+    """
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    supports: ClassVar[frozenset[str]] = frozenset(parts.KINDS)
+    needs_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    adapter: ClassVar[bool] = False
+    unit: ClassVar[str] = "linear layer"
+
+    def __post_init__(self):
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+    @property
+    def slug(self) -> str:
+        """The method's name in the catalogue."""
+        return slug_of(type(self))
+
+    def parameters(self) -> dict[str, Any]:
+        """The method's parameters as JSON-ready values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def apply(self, model: nn.Module, data: Data | None = None) -> tuple[nn.Module, Report]:
+        """Apply the method; returns the model (the same object where it was changed in place) and what was done.
+
+        Raises FormularyError when the model's kind is not supported, data is missing, or nothing could be changed; the model is
+        then as it was.
+        """
+        kind = parts.kind(model)
+        if kind not in self.supports:
+            raise FormularyError(
+                f"{self.slug} does not support {_a(kind)} ({type(model).__name__}); it supports: {', '.join(sorted(self.supports))}"
+            )
+        if self.needs_data and data is None:
+            raise FormularyError(f"{self.slug} needs data to {'train' if self.trains else 'calibrate'} on: give --data")
+        report = Report(self.slug, self.parameters(), parts.count_weights(model), self.unit)
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices), editing(model, self.slug) as edit:
+            torch.manual_seed(data.seed if data is not None else 0)
+            refuse_nan(model)
+            changed = self.run(model, data, edit, report)
+            if not report.changes:
+                why = f": {report.skips[0].note}" if report.skips else ""
+                raise FormularyError(f"{self.slug} found nothing to change in this {type(model).__name__}{why}")
+        return (model if changed is None else changed), report
+
+    def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> nn.Module | None:
+        """The method itself."""
+        raise NotImplementedError
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raise when a weight is NaN or infinite, naming it."""
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+            raise FormularyError(f"weight {name} has NaN or infinite values: the model file is damaged or training diverged")
+
+
+def slug_of(cls: type) -> str:
+    """The catalogue name of the room in which `cls` is defined, or the class's own name outside a room."""
+    path = cls.__module__.split(".")
+    if path[:2] == ["formulary", "papers"] and len(path) > 3:
+        return path[3].removeprefix("paper_").replace("_", "-")
+    return cls.__name__.lower()
+
+
+def build(cls: type, settings: dict[str, Any]) -> Any:
+    """`cls(**settings)` for a dataclass, with unknown names refused by the nearest known one.
+
+    >>> from formulary.papers.quantization.gptq import GPTQ
+    >>> build(GPTQ, {"bist": 3})
+    Traceback (most recent call last):
+    formulary.errors.UsageError: gptq has no parameter 'bist'; did you mean 'bits'? ...
+    """
+    known = [field.name for field in fields(cls) if field.init]
+    for name in settings:
+        if name not in known:
+            raise UsageError(
+                f"{slug_of(cls)} has no parameter {name!r}{nearest(name, known)}; parameters: {', '.join(known)}"
+            )
+    return cls(**settings)
+
+
+def check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
+    """Refuse a parameter outside [low, high], saying what is allowed."""
+    if not low <= value <= high:
+        raise UsageError(f"{owner}: {name} must be between {low} and {high}, got {value}")
+
+
+def _a(noun: str) -> str:
+    return f"an {noun} model" if noun[0] in "aeiou" else f"a {noun} model"
