@@ -31,7 +31,9 @@ class FormularyQuantizer(HfQuantizer):
     def update_attn_implementation(self, config):
         """Called by transformers with the config before it looks for files: names ours, and the attention function if edited."""
         from formulary.contracts.attention import uses_attention
+        from formulary.contracts.edits import check_entries
 
+        check_entries(self.quantization_config.edits)
         self._stored = getattr(config, "dtype", None)
         config.transformers_weights = WEIGHTS
         if uses_attention(self.quantization_config.edits):

