@@ -1,0 +1,1 @@
+"""Small trainable parts for a frozen model: adapters, prompts, low-rank experts and side networks."""

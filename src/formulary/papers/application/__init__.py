@@ -1,0 +1,1 @@
+"""Standard parts put to work in a domain such as medicine, biology, code, audio or documents."""

@@ -1,0 +1,1 @@
+"""Acting: offline and in-context reinforcement learning and Bayesian optimization."""

@@ -1,0 +1,1 @@
+"""Finding, segmenting and tracking things in images, video, volumes and point clouds."""

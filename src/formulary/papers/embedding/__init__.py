@@ -1,0 +1,1 @@
+"""How raw input becomes tokens: patches, positions, bytes, codebooks and spectrogram slices."""

@@ -1,0 +1,1 @@
+"""Predicting numbers from tables and time series, always beside a simple baseline."""

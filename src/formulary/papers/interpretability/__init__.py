@@ -1,0 +1,1 @@
+"""Reading what a model computes: features, heads, attributions and behavioral probes."""

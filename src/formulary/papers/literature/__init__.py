@@ -1,0 +1,1 @@
+"""Surveys, data sets, benchmarks and reports: cards alone, nothing to run."""

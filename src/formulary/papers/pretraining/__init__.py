@@ -1,0 +1,1 @@
+"""Objectives and data for training before the task is known, mostly without labels."""

@@ -1,0 +1,1 @@
+"""Fewer tokens through a vision Transformer: dropped, merged, propagated or sampled."""

@@ -1,0 +1,1 @@
+"""How weights are trained: learning rates, augmentation, data formats, sharpness, norms, memory and parallelism."""
