@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from formulary.errors import FormularyError, UsageError, nearest
+from formulary.workshop import command
 
 
 def find_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +95,10 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
     "find": (find_arguments, find),
     "show": (show_arguments, show),
     "check": (check_arguments, check),
+    "use": (command.use_arguments, command.use),
+    "compare": (command.compare_arguments, command.compare),
     "new": (new_arguments, new),
+    "doctor": (command.doctor_arguments, command.doctor),
 }
 
 

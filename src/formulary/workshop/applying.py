@@ -32,7 +32,10 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return self.contract == "layer" or bool(getattr(self.cls, "needs_data", False))
+        """Whether the method must see data, with these settings."""
+        if self.contract in ("layer", "recipe"):
+            return True
+        return bool(getattr(self.instance() if is_dataclass(self.cls) else self.cls, "needs_data", False))
 
     @property
     def training(self) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def draw(spec: dict[str, Any], path: Path) -> None:
                 axes.bar([i + width * number for i in range(len(values))], values, width=width, color=color, label=name)
                 axes.set_xticks(range(len(values)), [str(v) for v in x], rotation=45 if len(values) > 6 else 0)
             else:
-                axes.plot(x, values, "-o" if len(values) < 30 else "-", color=color, label=name, ms=4, ls="" if spec["kind"] == "points" else "-")
+                marker = "o" if len(values) < 30 or spec["kind"] == "points" else ""
+                axes.plot(x, values, marker=marker, ls="" if spec["kind"] == "points" else "-", color=color, label=name, ms=4)
         if any(series):
             axes.legend(frameon=False)
     axes.set(title=spec.get("title", ""), xlabel=spec.get("xlabel", ""), ylabel=spec.get("ylabel", ""))

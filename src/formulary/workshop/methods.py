@@ -1,6 +1,7 @@
 """From what a person types to a method object: names joined by `+`, contracts, and settings with their types checked."""
 
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def split_names(method: str) -> list[str]:
 # ---------------------------------------------------------------- settings
 
 
-def parse_settings(pairs: typing.Iterable[str]) -> dict[str, str]:
+def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
     """`["bits=3", "act_order=true"]` as a dict of strings; a missing `=` is an error."""
     found = {}
     for pair in pairs:

@@ -9,7 +9,7 @@ import torch
 
 from formulary.contracts.report import Report
 from formulary.errors import FormularyError, UsageError
-from formulary.workshop import heads, html, models, saving, using
+from formulary.workshop import fitting, heads, html, saving, using
 
 
 def _use_recipe(plan, model, options, out, dry_run):
@@ -125,4 +125,10 @@ def _publish(outcome, target: Path | None, title: str, facts: dict[str, Any]) ->
     outcome.out, outcome.files = None, [target / name for name in names]
 
 
-VERBS: dict[str, Callable] = {"recipe": _use_recipe, "probe": _use_probe, "study": _use_study}
+VERBS: dict[str, Callable] = {
+    "recipe": _use_recipe,
+    "probe": _use_probe,
+    "study": _use_study,
+    "model": fitting.use_model,
+    "estimator": fitting.use_estimator,
+}

@@ -1,0 +1,176 @@
+"""The verb `check`: what it prints, draws, refuses and returns."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from formulary.errors import FormularyError, UsageError
+from formulary.evidence import Check, Outcome, all_of, at_most, draw, exact, no_worse, run_check, speedup
+from formulary.evidence._run import checked_slugs, find_room
+from formulary.evidence.command import _plots, check_command, report
+
+CHECK = Check(
+    claim="half is at most 0.7 of whole",
+    setup=lambda seed: [3.0 + 0.1 * seed + i for i in range(5)],
+    arms={
+        "half": lambda c: Outcome({"loss, nats": [v / 2 for v in c], "error": [1e-7]}, budget={"parameters": 10}),
+        "whole": lambda c: Outcome({"loss, nats": c}, budget={"parameters": 10}),
+    },
+    holds=all_of(at_most("half", "whole", ratio=0.7, metric="loss, nats"), exact("half", tol=1e-6, metric="error")),
+    items="same",
+    redraws="an offset",
+    seeds=5,
+)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORMULARY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    room = tmp_path / "room"
+    room.mkdir()
+    (room / "check.py").write_text("")
+    return partial(check_command, run=lambda slug, **options: run_check(CHECK, slug=slug, room=room, **options))
+
+
+def test_one_check_prints_its_report_draws_its_picture_and_records(command, capsys):
+    assert command("gptq", record=True) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("gptq: holds here\n  claim: half is at most 0.7 of whole\n")
+    assert "half / whole loss 0.5 [0.5, 0.5], predicted <= 0.7: holds here" in text
+    assert "planted null: does not hold here" in text and "planted positive: holds here" in text
+    assert "smallest effect it could have seen (80 % power)" in text
+    assert "plot: formulary-check-gptq.png" in text
+    assert Path("formulary-check-gptq.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(Path("room/record.json").read_text())["verdict"] == "holds here"
+
+
+def test_every_seed_is_in_the_report(command):
+    text = report(run_check(CHECK, slug="gptq"))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["seed", "0", "1", "2", "3", "4"] in rows
+    assert ["half", "2.5", "2.55", "2.6", "2.65", "2.7"] in rows
+    assert "parameters" in text and "within 5 % of each other" in text
+
+
+def test_json_is_the_record_alone(command, capsys):
+    assert command("gptq", as_json=True, out="other.svg") == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["verdict"] == "holds here"
+    assert Path("other.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_exploring_says_so_and_is_not_recorded(command, capsys):
+    command("gptq", seeds=3)
+    assert "exploratory, not recorded: holds here" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--seeds explores"):
+        command("gptq", seeds=3, record=True)
+    assert not Path("room/record.json").exists()
+
+
+def test_several_checks_go_on_past_one_that_is_refused(capsys):
+    slugs, made = checked_slugs(), run_check(CHECK, slug="made-up")
+    assert slugs
+
+    def run(slug, **options):
+        if slug == slugs[0]:
+            raise FormularyError("not today")
+        return made
+
+    assert check_command(everything=True, run=run) == 1
+    out = capsys.readouterr()
+    assert f"{slugs[0]}: error: not today" in out.err
+    assert "error: not today" in out.out
+    assert out.out.count("planted null:") == len(slugs) - 1
+
+
+def test_several_checks_draw_into_a_directory(tmp_path):
+    assert _plots(["a", "b"], True, tmp_path / "new") == {
+        n: tmp_path / "new" / f"formulary-check-{n}.png" for n in "ab"
+    }
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        _plots(["a", "b"], True, tmp_path / "file")
+
+
+def test_ctrl_c_says_that_the_finished_part_is_kept(capsys):
+    def run(slug, **options):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_command("gptq", run=run, out="x.png")
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "name one paper"),
+        ({"slug": "gptq", "everything": True}, "name one paper"),
+        ({"slug": "gptq", "out": "x.doc"}, "must end in"),
+        ({"family": "quantisation"}, "did you mean 'quantization'"),
+        ({"slug": "gtpq"}, "did you mean 'gptq'"),
+    ],
+)
+def test_wrong_usage(options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        check_command(**options)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_run(tmp_path):
+    with pytest.raises(FormularyError, match="not writable"):
+        check_command("gptq", out=tmp_path / "nowhere" / "x.png", run=lambda *a, **k: pytest.fail("it ran"))
+
+
+def test_a_room_is_found_by_either_spelling():
+    assert find_room("llm-int8") == find_room("llm_int8")
+    assert find_room("llm-int8").name == "llm_int8"
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        CHECK,
+        Check(
+            claim="noisy",
+            setup=lambda seed: seed,
+            arms={"a": lambda s: [float("nan")] if s == 1 else [1.0], "b": lambda s: [2.0 + s]},
+            holds=no_worse("a", "b", margin=1),
+            seeds=5,
+        ),
+        Check(
+            claim="quick",
+            setup=lambda seed: seed,
+            arms={
+                "a": lambda s: {"CPU seconds": [1.0 + 0.01 * i for i in range(15)]},
+                "b": lambda s: {"CPU seconds": [2.0] * 15},
+            },
+            holds=speedup("a", "b"),
+            seeds=5,
+        ),
+        Check.not_testable("too big", claim="large", smaller=CHECK),
+    ],
+    ids=["several", "failed", "speedup", "smaller"],
+)
+def test_every_kind_of_record_can_be_drawn_and_told(check, tmp_path):
+    record = run_check(check, slug="made-up")
+    assert draw(record, tmp_path / "p.png").stat().st_size > 10_000
+    assert record["verdict"] in report(record)
+
+
+def test_nothing_measured_is_not_drawn(tmp_path):
+    with pytest.raises(FormularyError, match="nothing to draw"):
+        draw(run_check(Check.not_testable("too big", claim="large"), slug="made-up"), tmp_path / "p.png")
+
+
+def test_importing_evidence_loads_nothing_heavy():
+    heavy = {"torch", "scipy", "matplotlib", "rich", "transformers"}
+    code = f"import sys, formulary.evidence; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stdout == "[]\n"
