@@ -1,0 +1,156 @@
+"""`use` and `compare` end to end on tiny directories: the table, the files, and what comes back from them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import formulary
+from formulary.contracts import edits
+from formulary.errors import UsageError
+from formulary.lab import small
+from formulary.workshop import methods, tables
+from tests.workshop.test_bad_input import directory, source, text  # noqa: F401  (fixtures)
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):  # noqa: F811
+    """One full run of `use`, measured and saved."""
+    folder = tmp_path_factory.mktemp("use")
+    data = folder / "data.txt"
+    from tests.workshop.test_bad_input import TEXT
+
+    data.write_text(TEXT)
+    outcome = formulary.use("gptq", source, data=data, out=folder / "out", bits=4, rounds=6)
+    return outcome, folder / "out", source
+
+
+def test_the_table_has_the_baselines_and_the_method(made):
+    outcome, out, source = made  # noqa: F811
+    assert [row.name for row in outcome.rows] == ["unchanged", "bf16", "gptq"]
+    for row in outcome.rows:
+        assert row.seconds > 0 and row.memory > 10e6 and row.disk > 0
+        estimate, low, high = row.qualities[0].interval()
+        assert low <= estimate <= high
+    unchanged = outcome.rows[0]
+    assert unchanged.qualities[0].interval()[0] == pytest.approx(1, abs=1e-6)
+    assert unchanged.disk == (source / "model.safetensors").stat().st_size
+    assert outcome.rows[2].disk == sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    assert outcome.rows[1].disk < 0.6 * unchanged.disk
+
+
+def test_the_directory_is_complete(made):
+    outcome, out, source = made  # noqa: F811
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "model.formulary.safetensors", "tokenizer.json", "LICENSE", "README.md", "formulary.json"} <= names
+    facts = json.loads((out / "formulary.json").read_text())
+    assert facts["method"] == "gptq" and facts["parameters"]["gptq"]["bits"] == 4
+    assert [row["row"] for row in facts["table"]] == ["unchanged", "bf16", "gptq"]
+    card = (out / "README.md").read_text()
+    assert "| bf16 |" in card and "2210.17323" in card
+
+
+def test_it_comes_back_bit_identically_by_both_doors(made):
+    outcome, out, source = made  # noqa: F811
+    from transformers import AutoModel
+
+    batch = small.inputs_for(outcome.model)
+    with torch.no_grad():
+        expected = outcome.model(**batch).last_hidden_state
+        for loaded in (formulary.load(out), AutoModel.from_pretrained(out).eval()):
+            assert torch.equal(loaded(**batch).last_hidden_state, expected)
+            assert edits.edits_of(loaded)
+
+
+def test_a_result_can_be_used_again_with_another_method(made, tmp_path):
+    outcome, out, source = made  # noqa: F811
+    again = formulary.use("xattention", out, data=[f"word {i} in a line" for i in range(20)], out=tmp_path / "both", measure=False)
+    loaded = formulary.load(tmp_path / "both")
+    batch = small.inputs_for(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).last_hidden_state, again.model(**batch).last_hidden_state)
+    assert {entry["cls"].split(":")[0] for entry in edits.edits_of(loaded)} == {"gptq", "xattention"}
+
+
+def test_a_module_in_memory_stays_as_it_is():
+    model = small.tiny("bert")
+    batch = small.inputs_for(model)
+    with torch.no_grad():
+        before = model(**batch).last_hidden_state
+
+    class Tokenizer:
+        pad_token_id = 0
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[3 + (ord(c) % 90) for c in t][:20] for t in texts]}
+
+    from formulary.workshop import applying, inputs
+
+    train, _ = inputs.prepare([f"text number {i}" for i in range(12)], model, "encoder", Tokenizer())
+    changed, reports = applying.apply_all(applying.plan("gptq+xattention", {"bits": 4}), model, train)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).last_hidden_state, before)
+    assert [r.method for r in reports] == ["gptq", "xattention"] and edits.edits_of(model) == []
+
+
+def test_dry_run_computes_nothing(source, tmp_path):  # noqa: F811
+    outcome = formulary.use("gptq", source, data=["a text of words"] * 9, out=tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists() and outcome.model is None
+    assert any("12 linear layers" in note for note in outcome.notes)
+    assert any("9 text" in note for note in outcome.notes)
+
+
+def test_compare_measures_side_by_side_and_lists_refusals(source, text, tmp_path):  # noqa: F811
+    found = formulary.compare(
+        "gptq", "xattention", "gtp-vit", model=source, data=text, settings={"gptq.bits": 3}, rounds=6, out=tmp_path / "report"
+    )
+    assert [row.name for row in found.rows] == ["unchanged", "bf16", "gptq", "xattention"]
+    assert list(found.refused) == ["gtp-vit"] and "does not support" in found.refused["gtp-vit"]
+    assert set(found.ranks.values()) <= {1, 2, 3, 4} and 1 in found.ranks.values()
+    assert found.front()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "gptq" in page and "data:image/png" in page and "<script" not in page
+    assert json.loads((tmp_path / "report" / "comparison.json").read_text())["refused"]
+
+
+def test_ties_share_a_rank():
+    from formulary.evidence.timing import Timing
+    from formulary.workshop.comparing import _ranks
+    from formulary.workshop.measuring import Row
+
+    cpu = {"a": (1.0,) * 15, "b": (1.01,) * 15, "c": (2.0,) * 15}
+    timing = Timing("a", cpu, cpu, dict.fromkeys(cpu, 1))
+    assert _ranks([Row(n, seconds=timing.seconds(n)) for n in cpu], timing) == {"a": 1, "b": 1, "c": 3}
+
+
+@pytest.mark.parametrize(
+    "text_,kind,expected",
+    [("3", int, 3), ("0.5", float, 0.5), ("yes", bool, True), ("none", int | None, None), ("64", int | None, 64), ("a, b", tuple[str, ...], ("a", "b"))],
+)
+def test_settings_are_read_as_their_types(text_, kind, expected):
+    assert methods._convert("x", text_, kind) == expected
+
+
+def test_a_setting_of_the_wrong_type_is_named():
+    with pytest.raises(UsageError, match="x='many' is not a valid int"):
+        methods._convert("x", "many", int)
+
+
+def test_a_wide_table_is_turned():
+    from formulary.workshop.measuring import Row
+
+    text_ = tables.as_text([Row(f"a rather long name {i}", seconds=0.1, memory=10**9, disk=10**8) for i in range(3)])
+    assert "CPU time per item" in text_.splitlines()[2]
+
+
+def test_the_command_line_prints_the_table_or_json_and_exit_codes(source, text, tmp_path):  # noqa: F811
+    call = lambda *args: subprocess.run([sys.executable, "-m", "formulary.cli", *map(str, args)], capture_output=True, text=True)
+    done = call("use", "gptq", source, "--data", text, "--set", "bits=3", "--out", tmp_path / "out", "--rounds", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["table"][2]["row"] == "gptq"
+    again = call("use", "gptq", source, "--data", text, "--out", tmp_path / "out")
+    assert again.returncode == 1 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+    wrong = call("use", "gptq", source, "--data", text, "--set", "bits=17")
+    assert wrong.returncode == 2 and "bits" in wrong.stderr
