@@ -184,7 +184,7 @@ def test_data_shorter_than_one_sequence(tmp_path):
         def __call__(self, texts, **options):
             return {"input_ids": [[3] * len(t.split()) for t in texts]}
 
-    with pytest.raises(FormularyError, match="fewer than one sequence of 64"):
+    with pytest.raises(FormularyError, match="fewer than one sequence of 512"):
         inputs.prepare(["a b c"] * 10, model, "decoder", Tokenizer())
 
 

@@ -141,8 +141,10 @@ def test_a_setting_of_the_wrong_type_is_named():
 def test_a_wide_table_is_turned():
     from formulary.workshop.measuring import Row
 
-    text_ = tables.as_text([Row(f"a rather long name {i}", seconds=0.1, memory=10**9, disk=10**8) for i in range(3)])
-    assert "CPU time per item" in text_.splitlines()[2]
+    rows = [Row(f"a rather long name {i}", seconds=0.1, decode_seconds=0.2, memory=10**9, disk=10**8) for i in range(3)]
+    assert tables.as_text(rows[:1]).splitlines()[0].split()[0] == "CPU"
+    turned = tables.as_text([Row("a name as long as a whole sentence could be, or longer " * 2, seconds=0.1), *rows]).splitlines()
+    assert turned[2].startswith("CPU time per item") and "a rather long name 2" in turned[0]
 
 
 def test_the_command_line_prints_the_table_or_json_and_exit_codes(source, text, tmp_path):  # noqa: F811

@@ -7,6 +7,7 @@ _HOMES = {
     "Attention": "attention",
     "BlockEdit": "edits",
     "Data": "data",
+    "Estimator": "estimator",
     "Layer": "layer",
     "Model": "model",
     "Probe": "probe",

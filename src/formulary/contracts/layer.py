@@ -4,14 +4,18 @@ A recurrent mixer implements `scan` (a stretch of tokens from a state) and `step
 the model's own cache, counts tokens there, and finds padding in whatever mask the model passes, so that `generate` is right.
 """
 
+from collections.abc import Sequence
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from formulary.errors import FormularyError
+from formulary.contracts import parts
+from formulary.contracts.report import Report
+from formulary.errors import FormularyError, UsageError, nearest
 
 State = tuple[Tensor, ...]
 
@@ -21,6 +25,15 @@ class Layer(nn.Module):
 
     `replaces` is "token mixer" or "feed-forward". A mixer sets `causal`; a recurrent one sets `recurrent` and implements
     `initial_state`, `scan` and `step`.
+
+    >>> from formulary.contracts.edits import editing
+    >>> from formulary.lab import tiny
+    >>> from formulary.papers.sequence_mixing.gla import GatedLinearAttention
+    >>> model, report = tiny("llama"), Report("gla", {}, weights=12_000, unit="token mixer")
+    >>> with editing(model, "gla") as edit:
+    ...     slots = GatedLinearAttention.swap(model, edit, report, ignore=["*layers.0*"])
+    >>> slots[0].layer.state_size(10_000), report.changes[0].note
+    (128, 'started from its value, output')
     """
 
     replaces: ClassVar[str]
@@ -28,19 +41,51 @@ class Layer(nn.Module):
     recurrent: ClassVar[bool] = False
 
     @classmethod
-    def arguments(cls, part, **settings) -> dict[str, Any]:
-        """Constructor arguments that fit `part` (a `parts.Part`: width, heads, causal), with the user's `settings` applied."""
-        raise NotImplementedError
+    def arguments(cls, part: parts.Part, **settings) -> dict[str, Any]:
+        """Constructor arguments that fit `part` (its width, heads, causality), with the user's `settings` applied.
 
-    def start_from(self, old: nn.Module) -> None:
-        """Take over what fits from the module that is replaced (projections, say); default: nothing."""
+        Raises UsageError for a setting that the constructor does not have, FormularyError where the layer cannot stand.
+        """
+        known = [name for name in signature(cls).parameters if name != "width"]
+        for name in settings:
+            if name not in known:
+                raise UsageError(f"{cls.__name__} has no parameter {name!r}{nearest(name, known)}; parameters: {', '.join(known)}")
+        return {"width": part.width, **settings}
+
+    @classmethod
+    def swap(
+        cls, model: nn.Module, edit, report: Report, *, targets: Sequence[str] = (), ignore: Sequence[str] = (), **settings
+    ) -> list["Slot"]:
+        """Put one layer in place of every mixer or feed-forward that `targets` and `ignore` choose; training comes after.
+
+        Each starts from what it replaces. Places where it cannot stand are skipped, with the reason in `report`. `edit` is the
+        `Editor` of `edits.editing(model, slug)`.
+        """
+        slots = []
+        for part in (parts.feed_forwards if cls.replaces == "feed-forward" else parts.mixers)(model, targets, ignore):
+            weights = parts.count_weights(part.module)
+            try:
+                slot = edit.edit(part.name, cls, **cls.arguments(part, **settings))
+            except UsageError:
+                raise
+            except FormularyError as error:
+                report.skipped(part.name, str(error), weights)
+                continue
+            taken = slot.layer.start_from(part.module)
+            report.changed(part.name, weights, f"started from its {', '.join(taken)}" if taken else "started at random")
+            slots.append(slot)
+        return slots
+
+    def start_from(self, old: nn.Module) -> list[str]:
+        """Take over what fits from the module that is replaced (projections, say) and name it; default: nothing."""
+        return []
 
     def forward(self, x: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "B L D"]:
         """`mask` is True at real tokens; padding must not influence the others."""
         return self.scan(x, mask, self.initial_state(x))[0]
 
     def initial_state(self, x: Float[Tensor, "B L D"]) -> State:
-        """The state before the first token, batch first in every tensor, in the dtype and device of `x`."""
+        """The state before the first token, batch first in every tensor, on the device of `x`; float32 at least is wise."""
         raise NotImplementedError
 
     def scan(
@@ -62,7 +107,10 @@ class Layer(nn.Module):
         """Put `Slot(cls(**args))` in place of the module `name`."""
         from formulary.contracts.edits import _set_submodule
 
-        slot = Slot(cls(**args), model.get_submodule(name))
+        old = model.get_submodule(name)
+        if getattr(old, "has_relative_attention_bias", False):
+            raise FormularyError(f"{name} computes the position bias that the other layers use: it cannot be replaced")
+        slot = Slot(cls(**args), old)
         _set_submodule(model, name, slot)
         return slot
 
@@ -120,22 +168,24 @@ class Slot(nn.Module):
         super().__init__()
         self.layer = layer
         self.layer_idx = getattr(old, "layer_idx", None)
-        self.is_causal = getattr(old, "is_causal", False)
+        self.is_causal = bool(getattr(old, "is_causal", False))
         self.returns = "hidden" if layer.replaces == "feed-forward" else "t5" if "T5" in type(old).__name__ else "pair"
+        if self.is_causal and self.returns != "hidden" and not layer.causal:
+            raise FormularyError(f"a {type(layer).__name__} looks at later tokens: it cannot replace causal attention")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
         if self.returns == "hidden":
             return self.layer(hidden_states)
-        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim in (2, 4) else None
-        mask = kwargs.get("attention_mask", kwargs.get("mask", mask))
+        mask = kwargs.get("mask", attention_mask)
+        mask = mask if isinstance(mask, Tensor) and mask.ndim in (2, 4) else None
         out = self._mix(hidden_states, _padding(mask, hidden_states.shape[1]), self._state_in(kwargs.get("past_key_values")))
-        return (out, None, None) if self.returns == "t5" else (out, None)
+        return (out, kwargs.get("position_bias"), None) if self.returns == "t5" else (out, None)
 
     def _mix(self, x: Tensor, mask: Tensor | None, kept: RecurrentState | None) -> Tensor:
         if not self.layer.recurrent:
             return self.layer(x, mask)
         state = kept.state if kept is not None and kept.state is not None else self.layer.initial_state(x)
-        if x.shape[1] == 1 and kept is not None and kept.seen and (mask is None or bool(mask.all())):
+        if x.shape[1] == 1 and kept is not None and kept.seen and mask is None:
             y, state = self.layer.step(x[:, 0], state)
             out = y[:, None]
         else:
@@ -154,17 +204,24 @@ class Slot(nn.Module):
             raise FormularyError(f"a recurrent layer cannot keep its state in a {type(cache).__name__}; use the default dynamic cache")
         while len(cache.layers) <= self.layer_idx:
             cache.layers.append(DynamicLayer())
-        if not isinstance(cache.layers[self.layer_idx], RecurrentState):
-            cache.layers[self.layer_idx] = RecurrentState()
-        return cache.layers[self.layer_idx]
+        place = cache.layers[self.layer_idx]
+        if not isinstance(place, RecurrentState):
+            if type(place) not in (DynamicLayer, DynamicSlidingWindowLayer) or place.get_seq_length():
+                raise FormularyError(
+                    f"a recurrent layer cannot keep its state in a {type(place).__name__} that is in use or of fixed size; "
+                    "use the default dynamic cache"
+                )
+            place = cache.layers[self.layer_idx] = RecurrentState()
+        return place
 
 
 def _padding(mask: Tensor | None, length: int) -> Tensor | None:
-    """(B,L) True at real tokens among the last `length` positions, from a 2-D or 4-D mask, boolean or additive."""
+    """(B,L) True at real tokens among the last `length` positions, from a 2-D or 4-D mask, boolean or additive.
+
+    In a 4-D mask a real token sees itself, whatever its window, and a padded one is seen by nobody.
+    """
     if mask is None:
         return None
-    if mask.ndim == 4:
-        mask = mask[:, 0, -1]
-    mask = mask[:, -length:]
+    mask = mask[:, 0].diagonal(offset=mask.shape[-1] - length, dim1=-2, dim2=-1) if mask.ndim == 4 else mask[:, -length:]
     mask = mask if mask.dtype == torch.bool else mask > 0 if not mask.is_floating_point() else mask > -1
-    return None if bool(mask.all()) else mask
+    return mask if torch.compiler.is_compiling() or not bool(mask.all()) else None

@@ -12,6 +12,9 @@ from formulary.contracts.report import Report
 from formulary.contracts.transform import slug_of
 from formulary.errors import FormularyError
 
+_CAPTURED = "_output_capturing_hooks_installed"
+"""transformers' mark on a model whose hooks for `output_attentions` and the like are in place; it goes when they go."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
@@ -44,6 +47,7 @@ class Probe:
         report = Report(self.slug, self.parameters(), parts.count_weights(model), self.unit)
         modes = [(module, module.training) for module in model.modules()]
         hooks = [(module, dict(module._forward_hooks), dict(module._forward_pre_hooks)) for module in model.modules()]
+        captured = [module for module in model.modules() if module.__dict__.get(_CAPTURED)]
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         model.eval()
         try:
@@ -54,6 +58,9 @@ class Probe:
             for module, forward, pre in hooks:
                 _restore(module._forward_hooks, forward)
                 _restore(module._forward_pre_hooks, pre)
+            for module in model.modules():
+                if module.__dict__.get(_CAPTURED) and all(module is not before for before in captured):
+                    delattr(module, _CAPTURED)
             for module, mode in modes:
                 module.training = mode
             if attention and model.config._attn_implementation != attention:

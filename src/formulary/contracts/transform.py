@@ -108,7 +108,7 @@ def build(cls: type, settings: dict[str, Any]) -> Any:
     return cls(**settings)
 
 
-def check_range(owner: str, name: str, value: float, low: float, high: float) -> None:
+def check_range(owner: str, name: str, value: int | float, low: int | float, high: int | float) -> None:
     """Refuse a parameter outside [low, high], saying what is allowed."""
     if not low <= value <= high:
         raise UsageError(f"{owner}: {name} must be between {low} and {high}, got {value}")

@@ -35,7 +35,7 @@ class Loaded:
         return parts.kind(self.model)
 
 
-def locate(spec: str, revision: str | None = None) -> Path:
+def locate(spec: str | Path, revision: str | None = None) -> Path:
     """The directory that a model specification names; a one-line error says what was looked for."""
     text = str(spec)
     if text.startswith("lab:"):
