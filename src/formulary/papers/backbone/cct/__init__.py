@@ -1,0 +1,1 @@
+from .method import CCT, ConvTokenizer, SequencePool
