@@ -29,13 +29,15 @@ def test_a_room_is_whole(slug):
     assert "arXiv:" in ast.get_docstring(ast.parse((room / "method.py").read_text()))
 
 
-@pytest.mark.parametrize("slug", ROOMS)
-def test_a_room_has_a_valid_record_with_a_null_and_a_positive(slug):
+RECORDED = [slug for slug in ROOMS if (room_path(slug) / "record.json").exists()]
+
+
+@pytest.mark.parametrize("slug", RECORDED)
+def test_a_record_is_valid_and_has_a_null_and_a_positive(slug):
     from formulary.evidence import read_record, validate_record
 
-    room = room_path(slug)
-    assert validate_record(slug)["status"] == "valid"
-    record = read_record(room)
+    assert validate_record(slug).status == "valid"
+    record = read_record(room_path(slug))
     if record["verdict"] != "not testable here":
         assert record["null"]["verdict"] != "holds here"
         assert record["oracle"]["verdict"] in ("holds here", "does not hold here", "inconclusive")

@@ -1,4 +1,4 @@
-"""Every test runs offline and on one thread, with a cache of its own kind: the user's, so that trained lab models are reused."""
+"""Every test, in `tests/` and in the rooms, runs offline and on one thread. The cache is the user's, so that lab models are converted once."""
 
 import os
 
