@@ -103,7 +103,7 @@ def test_the_state_has_the_size_it_says(slug, cls):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_a_cache_equals_generation_without(slug, cls, family, beams):
     model, report = swapped(slug, cls, family)
-    assert report.changes
+    assert report.changes or (family == "mixtral" and report.skips), "only a mixture of experts may be left alone, with a reason"
     inputs = {k: v for k, v in small.inputs_for(model).items() if k in ("input_ids", "attention_mask")}
     options = dict(max_new_tokens=6, do_sample=False, num_beams=beams, pad_token_id=0)
     cached = model.generate(**inputs, use_cache=True, **options)

@@ -54,7 +54,7 @@ def test_a_recipe_resumes_bit_identically(slug, cls, tmp_path):
 def test_a_probe_leaves_the_model_as_it_was_and_is_deterministic(slug, cls):
     family = next(f for f, kind in rooms.KIND.items() if kind in cls.supports)
     model = rooms.tiny(family)
-    batch, data = small.inputs_for(model), rooms.data_for(model, labels=False, length=24)
+    batch, data = small.inputs_for(model), rooms.data_for(model, n=64, labels=False, length=48)
     before, state = rooms.main(model, batch), rooms.state(model)
     probe = cls(**rooms.quick(cls))
     one, two = probe.run(model, data), probe.run(model, data)

@@ -7,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -239,7 +238,10 @@ def test_killed_at_any_moment_nothing_half_made_is_left(source, text, tmp_path, 
         "saving.write_facts = slow\n"
         f"formulary.use('gptq', {str(source)!r}, data={str(text)!r}, out={str(out)!r}, measure=False)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores Ctrl-C
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, preexec_fn=heard
+    )
     assert process.stdout.readline().strip() == "staged"
     process.send_signal(stop)
     process.wait(30)

@@ -55,6 +55,8 @@ class Report:
     def headline(self) -> str:
         """One line: what was done, to how much of the model, and everything that did not go as asked."""
         done, total = len(self.changes), len(self.changes) + len(self.skips)
+        if not total:
+            return "; ".join([self.method, *self.notes])
         of = f"{done} of {total}" if self.skips else f"{done}"
         line = f"{self.method} on {of} {self.unit}{'s' if total != 1 else ''}, {_percent(self.coverage)} of the weights"
         if self.skips:

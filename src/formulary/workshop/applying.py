@@ -192,6 +192,7 @@ def _agreement_loss(teacher: nn.Module):
     """KL divergence of the logits where there are any, else squared error of the last hidden state relative to its size."""
 
     def loss(model, batch):
+        model.eval()  # dropout would be noise in what is to be reproduced
         with torch.no_grad():
             wanted = teacher(**batch)
         ours = model(**batch)

@@ -208,6 +208,7 @@ class CCT(Model):
     named_sizes: ClassVar[dict[str, dict[str, Any]]] = _sizes()
     accepts: ClassVar[str] = "images"
     training: ClassVar[dict[str, Any]] = {"steps": 1000, "lr": 5e-4, "batch_size": 32, "weight_decay": 3e-2}
+    quick: ClassVar[dict[str, Any]] = {"image_size": 16, "layers": 1, "width": 32, "heads": 2, "hidden_channels": 16}
 
     def __init__(self, config: Config):
         super().__init__(config)

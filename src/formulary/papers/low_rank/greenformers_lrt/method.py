@@ -139,6 +139,7 @@ class LowRankTransformer(Transform):
             layer.requires_grad_(True)
 
         def loss(student, batch):
+            student.eval()  # dropout would be noise in what is to be reproduced
             with torch.no_grad():
                 wanted = teacher(**batch)
             return _disagreement(student(**batch), wanted, batch.get("attention_mask"))

@@ -1,0 +1,1 @@
+from .method import Int8Linear, LLMInt8, SharedInput, int8_linear
