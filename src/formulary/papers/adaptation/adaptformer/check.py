@@ -18,11 +18,11 @@ BOTTLENECK, PROMPTS = 8, 10
 RATES = {
     "adaptformer": (0.03, 0.1, 0.3, 1.0, 3.0),
     "linear probe": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "prompts": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "prompts": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "full fine-tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
 # The best of RATES by `tune()`, on samples of images that the check does not draw.
-CHOSEN = {"adaptformer": 0.3, "linear probe": 1e-2, "prompts": 1e-2, "full fine-tuning": 1e-3}
+CHOSEN = {"adaptformer": 1.0, "linear probe": 0.1, "prompts": 0.1, "full fine-tuning": 3e-3}
 
 
 class Prompts(BlockEdit):

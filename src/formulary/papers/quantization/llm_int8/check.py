@@ -1,6 +1,6 @@
 """Does keeping outliers in floating point keep int8 harmless where a few hidden dimensions are up to 60 times as large as the rest?
 
-Outliers are emulated in a trained character model: two dimensions of every LayerNorm's output are multiplied and the weights
+Outliers are emulated in a trained character model: two dimensions of every norm's output are multiplied and the weights
 that read them divided, so that the function is unchanged.
 """
 
@@ -26,14 +26,18 @@ def metric(scale: int) -> str:
 
 @torch.no_grad()
 def with_outliers(model, scale: float, seed: int):
-    """A copy of a GPT-2 whose LayerNorms have `DIMENSIONS` outputs `scale` times as large, and whose outputs are the same."""
+    """A copy of a Llama whose norms have `DIMENSIONS` outputs `scale` times as large, and whose outputs are the same."""
     model, generator = deepcopy(model), torch.Generator().manual_seed(seed)
-    for block in parts.blocks(model):
-        for norm, reader in ((block.module.ln_1, block.module.attn.c_attn), (block.module.ln_2, block.module.mlp.c_fc)):
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, readers in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
             chosen = torch.randperm(len(norm.weight), generator=generator)[:DIMENSIONS]
             norm.weight[chosen] *= scale
-            norm.bias[chosen] *= scale
-            reader.weight[chosen] /= scale
+            for reader in readers:
+                reader.weight[:, chosen] /= scale
     return model
 
 
@@ -52,7 +56,7 @@ def absmax_per_tensor(model):
 
 
 def prepare(seed: int) -> dict:
-    model = lab.trained_char_gpt(kind="gpt2")
+    model = lab.trained_char_gpt()
     text = CharText(128, split="test").batch(WINDOWS, torch.Generator().manual_seed(12345))
     models = {scale: with_outliers(model, scale, seed) for scale in SCALES}
     return {"models": models, "text": text, "nats": {scale: nats(made, text) for scale, made in models.items()}}

@@ -7,8 +7,9 @@ the diagonal block and then its own best.
 
 Version 1 had white noise in place of the topic, which mean pooling averages away: it reached the exact choice, so nothing could be
 better by 10 points. Versions 1 and 2 spaced the slash's frequencies evenly, which repeats it every few dozen tokens, and put
-verticals or a topic beside the slash at the even offset, which any score finds. Thresholds are those of version 1, but for the blind one,
-which was to fall below random. Version 4 has 48 heads at the even offset in place of 8, which could not have seen 5 points.
+verticals or a topic beside the slash at the even offset, which any score finds. Version 4 has 48 heads at the even offset in place of
+8. Versions 2 to 4 had loosened the blind prediction, from below random to within 5 points of random, after results had been seen;
+version 5 restores it. All thresholds are those of version 1.
 """
 
 from functools import cache
@@ -143,7 +144,7 @@ def antidiagonal(count):
 
 check = Check(
     claim="At 25 % density, blocks chosen by antidiagonal sums hold at least 10 points more attention than by mean pooling on slashes "
-    "some tokens wide, and more on SmolLM2's heads; of one-token slashes at even offsets they hold no more than 5 points above random "
+    "some tokens wide, and more on SmolLM2's heads; of one-token slashes at even offsets they hold less than random "
     "blocks, and a second antidiagonal adds 10 points; at threshold 0.9 the attention's output changes by less than 10 %.",
     setup=setup,
     arms={
@@ -157,13 +158,13 @@ check = Check(
     holds=all_of(
         at_least("antidiagonal", "mean-pooled", plus=0.10, metric=MEDIUM, oracle="exact mass"),
         at_least("antidiagonal", "mean-pooled", metric=REAL, oracle="exact mass"),
-        at_most("antidiagonal", "random", minus=-0.05, metric=EVEN),
+        at_most("antidiagonal", "random", metric=EVEN),
         at_least("two antidiagonals", "antidiagonal", plus=0.10, metric=EVEN, oracle="exact mass"),
         at_most("xattention", 0.10, effect=0.02, metric=ERROR),
     ),
     items="fresh",
     redraws="planted heads and the passage of text",
     seeds=6,
-    version=4,
+    version=5,
     scope="planted heads, and the attention of SmolLM2-135M on one book of English",
 )
