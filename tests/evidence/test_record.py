@@ -192,6 +192,7 @@ def test_interrupted_and_resumed_is_bit_identical(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             env=env,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores Ctrl-C
         )
 
     whole, stopped = start("whole"), start("stopped")
