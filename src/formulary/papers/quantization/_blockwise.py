@@ -1,8 +1,10 @@
-"""Runs a model one block at a time over all the data, so that each block is calibrated on the output of those already changed.
+"""Runs a model one block at a time over all the data, so that each block is calibrated on the output of those already
+changed.
 
-The model's own code computes everything between blocks (masks, positions, cross-attention), and each block runs twice in all: blocks already done hand out
-their recorded output instead of computing, and the run stops after the block that is looked at. It is exact for any model that
-calls each block once and in order. Where a block is called more often (ALBERT) every run is one of the whole model: exact too, and slower.
+The model's own code computes everything between blocks (masks, positions, cross-attention), and each block runs twice
+in all: blocks already done hand out their recorded output instead of computing, and the run stops after the block
+that is looked at. It is exact for any model that calls each block once and in order. Where a block is called more
+often (ALBERT) every run is one of the whole model: exact too, and slower.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +38,9 @@ class Blockwise:
         self._outputs: dict[str, list] = {}
 
     def observe(self, block: Block | None, linears: Sequence[Linear], see: Callable) -> None:
-        """`see(part, inputs (tokens, in), expert)` for all the data, padding left out; a block of None runs the whole model."""
+        """`see(part, inputs (tokens, in), expert)` for all the data, padding left out; a block of None runs the whole
+        model.
+        """
         stop = block if self.sequential else None
         with parts.observe(linears, see) as run:
             for index, batch in enumerate(self.data.batches()):

@@ -1,8 +1,10 @@
-"""What weight quantizers share: the grid, rounding to the nearest level on it, bit packing, and modules that hold packed weights.
+"""What weight quantizers share: the grid, rounding to the nearest level on it, bit packing, and modules that hold
+packed weights.
 
-Notable here: a weight row is cut into groups of columns, each with its own scale s and zero point z; level q stands for s (q - z).
-Codes of any width from 2 to 8 bits are packed as planes of 4, 2 and 1 bits (3 = 2 + 1), so that unpacking is whole-byte arithmetic
-and a file shrinks by exactly what `bits` says. `round_to_nearest` is the baseline of every method that chooses levels better.
+Notable here: a weight row is cut into groups of columns, each with its own scale s and zero point z; level q stands
+for s (q - z). Codes of any width from 2 to 8 bits are packed as planes of 4, 2 and 1 bits (3 = 2 + 1), so that
+unpacking is whole-byte arithmetic and a file shrinks by exactly what `bits` says. `round_to_nearest` is the baseline
+of every method that chooses levels better.
 """
 
 import inspect
@@ -44,7 +46,7 @@ class Grid:
                 raise UsageError(f"{name}={value!r} is not a valid value for a quantization grid")
         check_range("quantization", "bits", self.bits, 2, 8)
         if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
-            raise UsageError(f"group_size must be a positive multiple of 8, or None for whole rows, got {self.group_size}")
+            raise UsageError(f"group_size must be a multiple of 8, or None for whole rows, got {self.group_size}")
 
     def columns(self, in_features: int) -> int:
         """Columns per group: `group_size`, or the whole row (rounded up to 8) when there is one group."""
@@ -56,9 +58,11 @@ class Grid:
         return -(-in_features // self.columns(in_features))
 
     def fit(self, values: Float[Tensor, "rows columns"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(scale, zero), each (rows,) float32, of one group; the scale is rounded to `dtype`, in which it will be stored.
+        """(scale, zero), each (rows,) float32, of one group; the scale is rounded to `dtype`, in which it will be
+        stored.
 
-        Min-max: s = (max - min) / (2^bits - 1), z = round(-min / s), where the range always contains 0, so that 0 is a level.
+        Min-max: s = (max - min) / (2^bits - 1), z = round(-min / s), where the range always contains 0, so that 0 is
+        a level.
         """
         top = 2**self.bits - 1
         low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
@@ -77,7 +81,9 @@ class Grid:
 
 @dataclass
 class Quantized:
-    """A quantized weight: codes (out, in); scale and zero (out, groups); the group of each column, None when they are in order."""
+    """A quantized weight: codes (out, in); scale and zero (out, groups); the group of each column, None when they are
+    in order.
+    """
 
     codes: UInt8[Tensor, "out in"]
     scale: Float[Tensor, "out groups"]
@@ -195,11 +201,13 @@ class _Packed(Replacement):
 
     def extra_repr(self) -> str:
         grid = self.grid
-        return f"{self.in_features}, {self.out_features}, bits={grid.bits}, group_size={grid.group_size}, symmetric={grid.symmetric}"
+        sizes = f"{self.in_features}, {self.out_features}, bits={grid.bits}, group_size={grid.group_size}"
+        return f"{sizes}, symmetric={grid.symmetric}"
 
 
 class PackedLinear(_Packed):
-    """A linear map whose weight is packed integers: dequantized on every call, then multiplied in the activation's dtype.
+    """A linear map whose weight is packed integers: dequantized on every call, then multiplied in the activation's
+    dtype.
 
     Input (..., in_features), output (..., out_features). It takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
 
@@ -208,6 +216,8 @@ class PackedLinear(_Packed):
     >>> layer.codes.shape, torch.equal(layer.weight, torch.eye(4, 16))
     (torch.Size([4, 6]), True)
     """
+
+    slow_because = "packed weights are dequantized to float before each product"
 
     def __init__(
         self,
@@ -274,7 +284,8 @@ class PackedExperts:
         transposed = bool(getattr(module, "is_transposed", False))
         rows, columns = raw.shape[1:]
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
-        stack = PackedStack(raw.shape[0], in_features, out_features, Grid(bits, group_size, symmetric), ordered, transposed)
+        grid = Grid(bits, group_size, symmetric)
+        stack = PackedStack(raw.shape[0], in_features, out_features, grid, ordered, transposed)
         if not isinstance(module, cls):
             loop = inspect.unwrap(type(module).forward)
             members = {"__module__": cls.__module__, "forward": loop}

@@ -1,4 +1,5 @@
-"""At 3 bits, does error compensation lose much less of a real language model's quality than rounding on the same grid?"""
+"""At 3 bits, does error compensation lose much less of a real language model's quality than rounding on the same grid?
+"""
 
 from copy import deepcopy
 from functools import cache
@@ -62,7 +63,8 @@ def gptq(calibration: Data) -> list[float]:
 
 
 check = Check(
-    claim="At 3 bits per weight, one scale per row, error compensation raises the loss by at most 0.7 of what rounding to nearest does.",
+    claim="At 3 bits per weight, one scale per row, error compensation raises the loss by at most 0.7 of what rounding"
+    " to nearest does.",
     setup=prepare,
     arms={
         "gptq": gptq,

@@ -1,13 +1,14 @@
 """GPTQ quantizes the columns of a weight one by one and lets the columns still to come make up for each rounding error.
 
-For a linear with weight W (out, in) and calibration inputs X (tokens, in), minimize ||X (W - Q)^T||^2 over Q on a uniform grid.
-With H = 2 X^T X + damp * mean(diag H) I and U the upper Cholesky factor of H^-1, for each column i in turn:
+For a linear with weight W (out, in) and calibration inputs X (tokens, in), minimize ||X (W - Q)^T||^2 over Q on a
+uniform grid. With H = 2 X^T X + damp * mean(diag H) I and U the upper Cholesky factor of H^-1, for each column i in
+turn:
 
     Q[:, i] = grid(W[:, i]);   e = (W[:, i] - Q[:, i]) / U[i, i];   W[:, i:] -= e U[i, i:]
 
-Source: arXiv:2210.17323, sections 3.3 and 4, algorithm 1 (lazy batches of 128 columns). Activation order (columns by falling diag H) and static
-groups are options of the authors' later code. The model is quantized block by block, each calibrated on the output of the
-quantized blocks before it. The factor 2 in H cancels and is left out.
+Source: arXiv:2210.17323, sections 3.3 and 4, algorithm 1 (lazy batches of 128 columns). Activation order (columns by
+falling diag H) and static groups are options of the authors' later code. The model is quantized block by block, each
+calibrated on the output of the quantized blocks before it. The factor 2 in H cancels and is left out.
 """
 
 from dataclasses import dataclass
@@ -30,16 +31,18 @@ __all__ = ["GPTQ", "PackedExperts", "PackedLinear", "compensated"]
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Transform):
-    """Weights of the linears inside the blocks as packed integers of `bits` bits; activations, heads and embeddings stay as they are.
+    """Weights of the linears inside the blocks as packed integers of `bits` bits; activations, heads and embeddings
+    stay as they are.
 
     bits: 2 to 8. group_size: columns that share a scale and zero point, a multiple of 8; None (or -1) for whole rows.
-    symmetric: levels centered on 0. act_order: columns with the largest inputs first. static_groups: with act_order, groups of
-    neighboring columns with grids taken from the original weight, instead of groups in quantization order.
-    damp: added to the diagonal of H, as a fraction of its mean. block_size: columns per lazy update; changes speed, not results.
+    symmetric: levels centered on 0. act_order: columns with the largest inputs first. static_groups: with act_order,
+    groups of neighboring columns with grids taken from the original weight, instead of groups in quantization order.
+    damp: added to the diagonal of H, as a fraction of its mean. block_size: columns per lazy update; changes speed,
+    not results.
 
-    `apply(model, data)` needs calibration data; the paper takes 128 sequences of 2,048 tokens. Raises UsageError for a parameter out
-    of range, and FormularyError when calibration meets NaN. Raised damping, and inputs, layers and experts that no token
-    reached (their weights are rounded to nearest) are notes of the report.
+    `apply(model, data)` needs calibration data; the paper takes 128 sequences of 2,048 tokens. Raises UsageError for
+    a parameter out of range, and FormularyError when calibration meets NaN. Raised damping, and inputs, layers and
+    experts that no token reached (their weights are rounded to nearest) are notes of the report.
 
     >>> from formulary.lab import inputs_for, tiny
     >>> model = tiny("llama")
@@ -95,9 +98,15 @@ class GPTQ(Transform):
             self._quantize(walk, None, outside, edit, report)
         unreached, dead = report.figures.get("unreached"), report.figures.get("dead inputs")
         if unreached:
-            report.note(f"{len(unreached)} weight matrices were reached by no calibration token and rounded to nearest, such as {unreached[0]}")
+            report.note(
+                f"{len(unreached)} weight matrices were reached by no calibration token and rounded to nearest,"
+                f" such as {unreached[0]}"
+            )
         if dead:
-            report.note(f"{sum(dead.values())} inputs of {len(dead)} weight matrices are zero on all calibration tokens: rounded to nearest")
+            report.note(
+                f"{sum(dead.values())} inputs of {len(dead)} weight matrices are zero on all calibration tokens:"
+                " rounded to nearest"
+            )
 
     def _quantize(self, walk: Blockwise, block, linears: list, edit: Editor, report: Report) -> None:
         """Observe the inputs of `linears`, which are in one block, and replace each of them."""
@@ -132,7 +141,7 @@ class GPTQ(Transform):
                 rounded.group_index = index
             return rounded
         if not torch.isfinite(gram).all():
-            raise FormularyError(f"the inputs of {name} overflow or are NaN during calibration: try another dtype or other data")
+            raise FormularyError(f"the inputs of {name} overflow or are NaN in calibration: try another dtype or data")
         dead = int((gram.diagonal() == 0).sum())
         if dead:
             report.figures["dead inputs"] = {**report.figures.get("dead inputs", {}), name: dead}
@@ -156,7 +165,9 @@ class GPTQ(Transform):
         return self.act_order and self.grid.group_size is not None and not self.static_groups
 
 
-def output_error(weight: Float[Tensor, "out in"], other: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+def output_error(
+    weight: Float[Tensor, "out in"], other: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
+) -> float:
     """||X (W - W')^T||^2 for gram = X^T X."""
     difference = weight - other
     return float((difference @ gram * difference).sum())
@@ -175,7 +186,8 @@ def compensated(
 ) -> tuple[Quantized, float]:
     """Quantize `weight` for inputs with X^T X = `gram`; returns it and the damping that was needed.
 
-    The weights of inputs that are always zero are rounded to nearest (the authors' code sets them to zero). When H is not positive definite in float64, `damp` is raised tenfold until it is.
+    The weights of inputs that are always zero are rounded to nearest (the authors' code sets them to zero). When H is
+    not positive definite in float64, `damp` is raised tenfold until it is.
 
     >>> weight, x = torch.randn(4, 16), torch.randn(99, 16)
     >>> quantized, damp = compensated(weight, x.T @ x, Grid(bits=4))

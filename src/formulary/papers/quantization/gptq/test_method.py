@@ -1,4 +1,6 @@
-"""What is true of GPTQ alone: it equals a textbook loop, beats rounding on its grid, and its packed integers say what was chosen."""
+"""What is true of GPTQ alone: it equals a textbook loop, beats rounding on its grid, and its packed integers say what
+was chosen.
+"""
 
 import copy
 
@@ -20,7 +22,8 @@ from formulary.papers.quantization.gptq.method import GPTQ, compensated, output_
 def correlated(tokens: int, features: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(features // 2, features, generator=generator)
-    return torch.randn(tokens, features // 2, generator=generator) @ mixing + 0.3 * torch.randn(tokens, features, generator=generator)
+    noise = 0.3 * torch.randn(tokens, features, generator=generator)
+    return torch.randn(tokens, features // 2, generator=generator) @ mixing + noise
 
 
 def data_for(model, n: int = 6, **more) -> Data:
@@ -29,7 +32,9 @@ def data_for(model, n: int = 6, **more) -> Data:
 
 
 def textbook(weight, hessian, bits, group=None, order=None):
-    """Optimal brain quantization in a fixed order, by eliminating columns from the explicit inverse; no Cholesky, no batches."""
+    """Optimal brain quantization in a fixed order, by eliminating columns from the explicit inverse; no Cholesky, no
+    batches.
+    """
     w, h = weight.double().numpy().copy(), hessian.double().numpy()
     n = w.shape[1]
     order = np.arange(n) if order is None else order
@@ -93,7 +98,7 @@ def test_packing_is_lossless_and_as_small_as_the_bits_say(bits, rows, bytes_, se
     assert torch.equal(unpack(packed, bits), codes)
 
 
-@given(bits=st.integers(2, 8), features=st.integers(8, 45), group=st.sampled_from([None, 8, 24]), symmetric=st.booleans())
+@given(st.integers(2, 8), st.integers(8, 45), st.sampled_from([None, 8, 24]), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_packed_linear_has_exactly_the_chosen_weights(bits, features, group, symmetric):
     grid = Grid(bits, group, symmetric)
@@ -219,12 +224,21 @@ def test_narrow_linears_are_skipped_with_a_reason():
     model = tiny("llama")
     model.model.layers[0].adapter = torch.nn.Linear(4, 4)
     _, report = GPTQ(bits=4).apply(model, data_for(model))
-    assert [skip.name for skip in report.skips] == ["model.layers.0.adapter"] and "fewer than 8 inputs" in report.headline
+    assert [skip.name for skip in report.skips] == ["model.layers.0.adapter"]
+    assert "fewer than 8 inputs" in report.headline
 
 
 @pytest.mark.parametrize(
     "settings_",
-    [{"bits": 0}, {"bits": 17}, {"group_size": 12}, {"group_size": 0}, {"damp": -1.0}, {"static_groups": True}, {"block_size": 0}],
+    [
+        {"bits": 0},
+        {"bits": 17},
+        {"group_size": 12},
+        {"group_size": 0},
+        {"damp": -1.0},
+        {"static_groups": True},
+        {"block_size": 0},
+    ],
 )
 def test_parameters_out_of_range_are_refused_in_one_line(settings_):
     with pytest.raises(UsageError) as refusal:

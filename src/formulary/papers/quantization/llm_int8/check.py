@@ -1,4 +1,5 @@
-"""Does keeping outliers in floating point keep int8 harmless where a few hidden dimensions are up to 60 times as large as the rest?
+"""Does keeping outliers in floating point keep int8 harmless where a few hidden dimensions are up to 60 times as
+large as the rest?
 
 Outliers are emulated in a trained character model: two dimensions of every norm's output are multiplied and the weights
 that read them divided, so that the function is unchanged.
@@ -26,7 +27,8 @@ def metric(scale: int) -> str:
 
 @torch.no_grad()
 def with_outliers(model, scale: float, seed: int):
-    """A copy of a Llama whose norms have `DIMENSIONS` outputs `scale` times as large, and whose outputs are the same."""
+    """A copy of a Llama whose norms have `DIMENSIONS` outputs `scale` times as large, and whose outputs are the same.
+    """
     model, generator = deepcopy(model), torch.Generator().manual_seed(seed)
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
@@ -67,21 +69,23 @@ def nats(model, text) -> torch.Tensor:
 
 
 def increase(quantize):
-    """An arm: how much the loss of each window grows, in per cent of the mean loss, once `quantize` has had the model."""
+    """An arm: how much the loss of each window grows, in per cent of the mean loss, once `quantize` has had the model.
+    """
 
     def arm(context: dict) -> dict[str, list[float]]:
         found = {}
         for scale, model in context["models"].items():
             before = context["nats"][scale]
-            found[metric(scale)] = (100 * (nats(quantize(deepcopy(model)), context["text"]) - before) / before.mean()).tolist()
+            after = nats(quantize(deepcopy(model)), context["text"])
+            found[metric(scale)] = (100 * (after - before) / before.mean()).tolist()
         return found
 
     return arm
 
 
 check = Check(
-    claim="With two dimensions of every layer 20 or 60 times as large, LLM.int8() raises the loss by at most 0.5 %; at 60 times, one scale"
-    " per tensor raises it by at least 10 % and vector-wise scales alone by more than 0.5 %.",
+    claim="With two dimensions of every layer 20 or 60 times as large, LLM.int8() raises the loss by at most 0.5 %; at"
+    " 60 times, one scale per tensor raises it by at least 10 % and vector-wise scales alone by more than 0.5 %.",
     setup=prepare,
     arms={
         "llm-int8": increase(lambda model: LLMInt8().apply(model)[0]),
@@ -90,14 +94,14 @@ check = Check(
         "unquantized": increase(lambda model: model),
     },
     holds=all_of(
-        at_most("llm-int8", 0.5, metric=metric(20)),
-        at_most("llm-int8", 0.5, metric=metric(60)),
-        at_least("absmax per tensor", 10.0, metric=metric(60)),
-        at_least("vector-wise", 0.5, metric=metric(60)),
+        at_most("llm-int8", 0.5, metric=metric(20), effect=0.25),
+        at_most("llm-int8", 0.5, metric=metric(60), effect=0.25),
+        at_least("absmax per tensor", 10.0, metric=metric(60), effect=5.0),
+        at_least("vector-wise", 0.5, metric=metric(60), effect=0.25),
     ),
     items="same",
     redraws="which dimensions are large",
     seeds=8,
-    version=1,
+    version=2,
     scope="outliers emulated in a character model of 0.8 M parameters",
 )

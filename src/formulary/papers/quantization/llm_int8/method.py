@@ -1,4 +1,5 @@
-"""LLM.int8() multiplies in 8-bit integers, with a scale per token and per output, and keeps the few huge activations in floating point.
+"""LLM.int8() multiplies in 8-bit integers, with a scale per token and per output, and keeps the few huge activations
+in floating point.
 
 For a token x (in,) and weight W (out, in), with outliers O = {j : |x_j| >= 6} and c_w = max_j |W_kj| / 127:
 
@@ -7,9 +8,10 @@ For a token x (in,) and weight W (out, in), with outliers O = {j : |x_j| >= 6} a
 
 Source: arXiv:2208.07339, section 3 and equation 8. The integer products are summed exactly in 32 bits.
 
-The paper takes a column as an outlier for a whole batch when any of its tokens exceeds the threshold; so a token's result depends on
-its neighbors and on padding. Here every token has its own outliers, which is the paper's rule for a batch of one token: padding,
-batching and decoding with a cache change nothing. Columns that are outliers for some token are multiplied in float for those tokens alone.
+The paper takes a column as an outlier for a whole batch when any of its tokens exceeds the threshold; so a token's
+result depends on its neighbors and on padding. Here every token has its own outliers, which is the paper's rule for a
+batch of one token: padding, batching and decoding with a cache change nothing. Columns that are outliers for some
+token are multiplied in float for those tokens alone.
 """
 
 import threading
@@ -32,10 +34,11 @@ from formulary.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class LLMInt8(Transform):
-    """Linears inside the blocks as int8 weights, multiplied with activations that are rounded to int8 on the fly; no data needed.
+    """Linears inside the blocks as int8 weights, multiplied with activations that are rounded to int8 on the fly; no
+    data needed.
 
-    threshold: activations of at least this size stay in floating point (6.0 in the paper; 1e30 turns the decomposition off).
-    Expert tensors are left alone. Raises UsageError for a threshold that is not positive.
+    threshold: activations of at least this size stay in floating point (6.0 in the paper; 1e30 turns the
+    decomposition off). Expert tensors are left alone. Raises UsageError for a threshold that is not positive.
 
     >>> from formulary.lab import inputs_for, tiny
     >>> model, report = LLMInt8().apply(tiny("bert"))
@@ -69,7 +72,8 @@ class LLMInt8(Transform):
 
 
 class Int8Linear(Replacement):
-    """A linear map with int8 weights `codes` (out, in) and a `scale` (out,) per output; `path` says how it multiplies here.
+    """A linear map with int8 weights `codes` (out, in) and a `scale` (out,) per output; `path` says how it multiplies
+    here.
 
     >>> layer = Int8Linear(16, 4)
     >>> layer.store(torch.eye(4, 16))
@@ -218,16 +222,19 @@ _SHARED = _Shared()
 
 
 class SharedInput:
-    """Quantizes once what a module hands to several of its linears (query, key and value; gate and up), by becoming the module's class.
+    """Quantizes once what a module hands to several of its linears (query, key and value; gate and up), by becoming
+    the module's class.
 
-    The integers live no longer than the module's forward pass, in which the tensor is not written to. Results are the same.
+    The integers live no longer than the module's forward pass, in which the tensor is not written to. Results are the
+    same.
     """
 
     @classmethod
     def attach(cls, model: nn.Module, name: str) -> nn.Module:
         """Swap the class of the module `name`."""
         module = model.get_submodule(name)
-        module.__class__ = type(f"SharedInput{type(module).__name__}", (cls, type(module)), {"__module__": cls.__module__})
+        title = f"SharedInput{type(module).__name__}"
+        module.__class__ = type(title, (cls, type(module)), {"__module__": cls.__module__})
         return module
 
     def forward(self, *args, **kwargs):
@@ -238,7 +245,9 @@ class SharedInput:
 
 
 def plain_product(integers: Int8[Tensor, "tokens in"], codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out"]):
-    """(tokens, out) float32: the product of integers, times the scale of each output. The twin of the fast path, in float."""
+    """(tokens, out) float32: the product of integers, times the scale of each output. The twin of the fast path, in
+    float.
+    """
     return (integers.float() @ codes.float().mT) * scale
 
 
@@ -259,8 +268,12 @@ def _fast_product(integers: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 @cache
 def has_fast_path() -> bool:
-    """Whether oneDNN's int8 product is here, has VNNI instructions, and is exact: without them, sums saturate at 16 bits."""
-    if not (hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
+    """Whether oneDNN's int8 product is here, has VNNI instructions, and is exact: without them, sums saturate at 16
+    bits.
+    """
+    if not (hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()):
+        return False
+    if not torch.cpu._is_vnni_supported():
         return False
     largest = torch.full((4, 64), 127, dtype=torch.int8)
     seen = _fast_product(largest, -largest, torch.ones(4))
