@@ -1,6 +1,8 @@
 """The rules of the house: who may import whom, what a room holds, what the wheel leaves out."""
 
 import ast
+import doctest
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +72,17 @@ def test_nothing_here_reads_a_pickle_or_runs_what_it_reads():
                 called = ast.unparse(node.func)
                 assert called not in ("pickle.load", "pickle.loads", "joblib.load", "eval", "exec", "os.system"), f"{file}: {called}"
                 assert called != "torch.load" or "weights_only=True" in ast.unparse(node), f"{file}: {called}"
+
+
+MODULES = sorted(
+    ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+    for file in (ROOT / "src").rglob("*.py")
+    if not file.name.startswith("test_") and ">>>" in file.read_text()
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_docstrings_run(name):
+    tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert tried.failed == 0, "see what was printed above"
+    assert tried.attempted, f"{name} has examples, but doctest finds none"

@@ -97,7 +97,7 @@ def build(cls: type, settings: dict[str, Any]) -> Any:
     >>> from formulary.papers.quantization.gptq import GPTQ
     >>> build(GPTQ, {"bist": 3})
     Traceback (most recent call last):
-    formulary.errors.UsageError: gptq has no parameter 'bist'; did you mean 'bits'? ...
+    formulary.errors.UsageError: gptq has no parameter 'bist'; did you mean 'bits'?; parameters: targets, ...
     """
     known = [field.name for field in fields(cls) if field.init]
     for name in settings:

@@ -116,8 +116,10 @@ def use(
     iterable of texts or images. `settings` and further keywords are the method's parameters. `max_loss` (0.01 = 1 %) refuses a
     result that loses more of the main quality. With `out` the result is written there, complete or not at all.
 
-    >>> outcome = formulary.use("llm-int8", "lab:minilm", out="smaller")          # doctest: +SKIP
-    >>> print(outcome)                                                            # doctest: +SKIP
+    >>> from formulary.lab import tiny
+    >>> outcome = use("llm-int8", tiny("vit"), measure=False)
+    >>> outcome.reports[0].headline
+    'llm-int8 on 12 linear layers, 81 % of the weights'
     """
     plans = applying.plan(method, {**(settings or {}), **parameters}, targets, ignore)
     options = Options(data, labels, dtype, device, seed, batch_size, max_length, samples, revision, rounds)

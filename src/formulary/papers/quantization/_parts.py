@@ -129,7 +129,7 @@ def pack(codes: UInt8[Tensor, "*lead columns"], bits: int) -> UInt8[Tensor, "*le
     """Codes below 2^bits, columns a multiple of 8, to columns * bits / 8 bytes.
 
     >>> pack(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8), 3).tolist()
-    [229, 78, 120]
+    [228, 57, 85]
     """
     packed, low = [], bits
     for width in planes(bits):

@@ -15,21 +15,18 @@ token are multiplied in float for those tokens alone.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from formulary.contracts import Data, Replacement, Report, Transform, parts
 from formulary.contracts.edits import Editor
 from formulary.contracts.transform import check_range
 from formulary.errors import UsageError
+from formulary.kernels import int8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +64,7 @@ class LLMInt8(Transform):
             several = sum(isinstance(child, Int8Linear) for child in module.module.children()) > 1
             if several and not isinstance(module.module, SharedInput):
                 edit.edit(module.name, SharedInput)
-        if report.changes and not has_fast_path():
+        if report.changes and not int8.has_onednn():
             report.note("this machine multiplies integers through floating point: smaller, not faster")
 
 
@@ -104,8 +101,8 @@ class Int8Linear(Replacement):
 
     @property
     def path(self) -> str:
-        """`int8 (oneDNN)`, or `float` where the machine has no exact and fast int8 product."""
-        return "int8 (oneDNN)" if self.codes.device.type == "cpu" and has_fast_path() else "float"
+        """How this processor multiplies, in words."""
+        return int8.path()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
@@ -127,21 +124,8 @@ def int8_linear(x, codes, scale, bias, threshold):
 
     Opaque to `torch.compile`. Its gradient is that of the dequantized weight; the rounding of x is passed over.
     """
-    out = x.new_empty(x.numel() // x.shape[-1], codes.shape[0])
-    scale = scale.float()
-    offset = torch.zeros_like(scale) if bias is None else bias.float()
-    multiply = _fast_product if x.device.type == "cpu" and has_fast_path() else plain_product
-    start = 0
-    for integers, step, columns, outliers in _SHARED.pieces(x, threshold):
-        target = out[start : start + len(integers)]
-        start += len(integers)
-        product = multiply(integers, codes, scale)
-        result = torch.addcmul(offset, product, step, out=target if target.dtype == torch.float32 else product)
-        if len(columns):
-            result.addmm_(outliers, (codes[:, columns].float() * scale[:, None]).mT)
-        if result is not target:
-            target.copy_(result)
-    return out.view(*x.shape[:-1], codes.shape[0])
+    out = int8.linear(_SHARED.tokens(x, threshold), codes, scale, bias)
+    return out.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 
 
 @int8_linear.register_fake
@@ -164,49 +148,17 @@ def _backward(ctx, grad):
 int8_linear.register_autograd(_backward, setup_context=_save)
 
 
-class Piece(NamedTuple):
-    """Some tokens in integers: x = step * integers, plus `outliers` at `columns`."""
-
-    integers: Int8[Tensor, "tokens in"]
-    step: Float[Tensor, "tokens 1"]
-    columns: Int[Tensor, "m"]
-    outliers: Float[Tensor, "tokens m"]
-
-
-def quantize(x: Float[Tensor, "*batch in"], threshold: float) -> Iterator[Piece]:
-    """All tokens of `x`, some at a time, so that they stay in the second-level cache."""
-    rows = x.reshape(-1, x.shape[-1])
-    if not len(rows):
-        return
-    size = min(512, max(16, 2**18 // rows.shape[1]))
-    buffer = torch.empty(min(size, len(rows)), rows.shape[1], device=rows.device)
-    for chunk in rows.split(size):
-        chunk = chunk.float()
-        scaled = torch.abs(chunk, out=buffer[: len(chunk)])
-        columns = (scaled.amax(0) >= threshold).nonzero()[:, 0]
-        some = chunk[:, columns]
-        outliers = torch.where(some.abs() >= threshold, some, 0.0)
-        if len(columns):
-            inliers = some - outliers
-            scaled[:, columns] = inliers.abs()
-        step = scaled.amax(1, keepdim=True).div_(127).clamp_(min=1e-30)
-        torch.mul(chunk, step.reciprocal(), out=scaled)
-        if len(columns):
-            scaled[:, columns] = inliers / step
-        yield Piece(scaled.round_().to(torch.int8), step, columns, outliers)
-
-
 class _Shared(threading.local):
     """The integers of the last input, while a module that hands one tensor to several linears is running."""
 
     active = False
-    last: tuple[Tensor, float, list[Piece]] | None = None
+    last: tuple[Tensor, float, int8.Tokens] | None = None
 
-    def pieces(self, x: Tensor, threshold: float) -> Iterable[Piece]:
+    def tokens(self, x: Tensor, threshold: float) -> int8.Tokens:
         if not self.active:
-            return quantize(x, threshold)
+            return int8.quantize(x, threshold)
         if self.last is None or self.last[0] is not x or self.last[1] != threshold:
-            self.last = (x, threshold, list(quantize(x, threshold)))
+            self.last = (x, threshold, int8.quantize(x, threshold))
         return self.last[2]
 
     @contextmanager
@@ -242,39 +194,3 @@ class SharedInput:
             return super().forward(*args, **kwargs)
         with _SHARED.sharing():
             return super().forward(*args, **kwargs)
-
-
-def plain_product(integers: Int8[Tensor, "tokens in"], codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out"]):
-    """(tokens, out) float32: the product of integers, times the scale of each output. The twin of the fast path, in
-    float.
-    """
-    return (integers.float() @ codes.float().mT) * scale
-
-
-_PREPARED = WeakTensorKeyDictionary()
-"""Weights in oneDNN's own layout, for as long as the int8 tensor they were made from lives and is not written to."""
-
-
-def _fast_product(integers: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    version = 0 if codes.is_inference() else codes._version
-    made = _PREPARED.get(codes)
-    if made is None or made[0] != version:
-        made = (version, torch.ops.onednn.qlinear_prepack(codes, None), torch.zeros(len(codes), dtype=torch.long))
-        _PREPARED[codes] = made
-    return torch.ops.onednn.qlinear_pointwise(
-        integers, 1.0, 0, made[1], scale, made[2], None, 1.0, 0, torch.float32, "none", [], "none"
-    )
-
-
-@cache
-def has_fast_path() -> bool:
-    """Whether oneDNN's int8 product is here, has VNNI instructions, and is exact: without them, sums saturate at 16
-    bits.
-    """
-    if not (hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()):
-        return False
-    if not torch.cpu._is_vnni_supported():
-        return False
-    largest = torch.full((4, 64), 127, dtype=torch.int8)
-    seen = _fast_product(largest, -largest, torch.ones(4))
-    return bool((seen == -64 * 127 * 127).all())
