@@ -17,39 +17,7 @@ from formulary.errors import FormularyError, UsageError
 from formulary.lab import small
 from formulary.workshop import inputs, models, saving
 
-TEXT = "\n\n".join(f"In the beginning number {i} was the word and the word was long enough to be read by a model." for i in range(60))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A tiny BERT directory with a real tokenizer."""
-    from tokenizers import Tokenizer, models as tm, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("model")
-    small.tiny("bert").save_pretrained(path)
-    words = sorted(set(TEXT.split()))[:80]
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", *words])}
-    tokenizer = Tokenizer(tm.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(path)
-    (path / "LICENSE").write_text("a licence")
-    return path
-
-
-@pytest.fixture
-def directory(source, tmp_path):
-    return shutil.copytree(source, tmp_path / "model")
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "data.txt"
-    file.write_text(TEXT)
-    return file
-
-
-def refused(match, *args, kind=FormularyError, **options):
+def assert_refused(match, *args, kind=FormularyError, **options):
     """The call is refused in one line that matches, and the directory it ran in holds what it held."""
     with pytest.raises(kind, match=match) as error:
         formulary.use(*args, measure=False, **options)
@@ -62,7 +30,7 @@ def refused(match, *args, kind=FormularyError, **options):
 def test_a_pickle_instead_of_safetensors(directory):
     torch.save({}, directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
-    refused("pickled weights .pytorch_model.bin.", "xattention", directory)
+    assert_refused("pickled weights .pytorch_model.bin.", "xattention", directory)
 
 
 @pytest.mark.parametrize("where", ["top", "nested"])
@@ -71,7 +39,7 @@ def test_remote_code(directory, where):
     (config if where == "top" else config.setdefault("inner", {}))["auto_map"] = {"AutoModel": "evil.Model"}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "evil.py").write_text("raise SystemExit('ran')")
-    refused("remote code", "xattention", directory)
+    assert_refused("remote code", "xattention", directory)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "longer", "empty"])
@@ -80,47 +48,47 @@ def test_a_damaged_safetensors_file(directory, damage):
     data = file.read_bytes()
     changed = {"truncated": data[:-100], "header": struct.pack("<Q", 1 << 60) + data[8:], "longer": data + b"x", "empty": b""}
     file.write_bytes(changed[damage])
-    refused("model.safetensors is truncated or corrupt", "xattention", directory)
+    assert_refused("model.safetensors is truncated or corrupt", "xattention", directory)
 
 
 def test_a_config_that_is_not_json_or_missing(directory):
     (directory / "config.json").write_text("{")
-    refused("config.json is not valid JSON", "xattention", directory)
+    assert_refused("config.json is not valid JSON", "xattention", directory)
     (directory / "config.json").unlink()
-    refused("no config.json", "xattention", directory)
+    assert_refused("no config.json", "xattention", directory)
 
 
 def test_a_missing_tokenizer(directory, text):
     for file in directory.glob("token*"):
         file.unlink()
-    refused("no tokenizer", "xattention", directory, data=text)
+    assert_refused("no tokenizer", "xattention", directory, data=text)
 
 
 def test_a_missing_shard_and_a_shard_outside(directory):
     (directory / "model.safetensors").rename(directory / "part.safetensors")
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
-    refused("gone.safetensors, which is missing", "xattention", directory)
+    assert_refused("gone.safetensors, which is missing", "xattention", directory)
     index.write_text(json.dumps({"weight_map": {"a": "../part.safetensors"}}))
-    refused("outside the model directory", "xattention", directory)
+    assert_refused("outside the model directory", "xattention", directory)
 
 
 def test_a_kind_that_the_method_does_not_support(directory, text):
-    refused("gtp-vit does not support an encoder model", "gtp-vit", directory, data=text)
+    assert_refused("gtp-vit does not support an encoder model", "gtp-vit", directory, data=text)
 
 
 def test_nan_weights(directory, text):
     weights = load_file(directory / "model.safetensors")
     weights["encoder.layer.0.attention.self.query.weight"][0, 0] = float("nan")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    refused("NaN or infinite", "gptq", directory, data=text)
-    refused("NaN or infinite", "xattention", directory, data=text)
+    assert_refused("NaN or infinite", "gptq", directory, data=text)
+    assert_refused("NaN or infinite", "xattention", directory, data=text)
 
 
 def test_no_model_at_all(tmp_path):
-    refused("no model directory at", "xattention", str(tmp_path / "nowhere"))
-    refused("needs a model", "xattention", kind=UsageError)
-    refused("no lab model 'minilmm'.*minilm", "xattention", "lab:minilmm", kind=UsageError)
+    assert_refused("no model directory at", "xattention", str(tmp_path / "nowhere"))
+    assert_refused("needs a model", "xattention", kind=UsageError)
+    assert_refused("no lab model 'minilmm'.*minilm", "xattention", "lab:minilmm", kind=UsageError)
 
 
 # ---------------------------------------------------------------- the method
@@ -142,12 +110,12 @@ def test_no_model_at_all(tmp_path):
     ],
 )
 def test_an_unknown_method_or_parameter(source, method, options, match):
-    refused(match, method, source, kind=UsageError, **options)
+    assert_refused(match, method, source, kind=UsageError, **options)
 
 
 def test_a_target_that_matches_nothing(source, text):
-    refused("targets 'qeury' matches nothing.*query", "gptq", source, data=text, targets=("qeury",), kind=UsageError)
-    refused("ignore 'nothing-like-it' matches nothing", "xattention", source, data=text, ignore=("nothing-like-it",), kind=UsageError)
+    assert_refused("targets 'qeury' matches nothing.*query", "gptq", source, data=text, targets=("qeury",), kind=UsageError)
+    assert_refused("ignore 'nothing-like-it' matches nothing", "xattention", source, data=text, ignore=("nothing-like-it",), kind=UsageError)
 
 
 # ---------------------------------------------------------------- the data
@@ -169,9 +137,9 @@ def test_unusable_data(source, tmp_path, name, content, match):
     file = tmp_path / name
     file.write_bytes(content)
     if match is None:
-        refused("no field 'label'", "gptq", source, data=file, labels="label", kind=UsageError)
+        assert_refused("no field 'label'", "gptq", source, data=file, labels="label", kind=UsageError)
     else:
-        refused(match, "gptq", source, data=file)
+        assert_refused(match, "gptq", source, data=file)
 
 
 def test_data_shorter_than_one_sequence(tmp_path):
@@ -188,10 +156,10 @@ def test_data_shorter_than_one_sequence(tmp_path):
 
 
 def test_missing_or_wrong_data(source, tmp_path):
-    refused("no data at", "gptq", source, data=tmp_path / "nowhere.txt")
-    refused("needs data", "gptq", source)
-    refused("holds images, but this encoder model reads text", "gptq", source, data=[torch.zeros(3, 8, 8)] * 8)
-    refused("data is empty", "gptq", source, data=[])
+    assert_refused("no data at", "gptq", source, data=tmp_path / "nowhere.txt")
+    assert_refused("needs data", "gptq", source)
+    assert_refused("holds images, but this encoder model reads text", "gptq", source, data=[torch.zeros(3, 8, 8)] * 8)
+    assert_refused("data is empty", "gptq", source, data=[])
 
 
 # ---------------------------------------------------------------- the output
@@ -201,11 +169,11 @@ def test_out_that_exists_or_cannot_be_written(source, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    refused("exists", "gptq", source, data=text, out=out)
+    assert_refused("exists", "gptq", source, data=text, out=out)
     assert (out / "mine.txt").read_text() == "precious"
     file = tmp_path / "file"
     file.write_text("x")
-    refused("cannot be written", "gptq", source, data=text, out=file / "inside")
+    assert_refused("cannot be written", "gptq", source, data=text, out=file / "inside")
 
 
 def test_a_full_disk_leaves_nothing(source, text, tmp_path, monkeypatch):
@@ -213,13 +181,13 @@ def test_a_full_disk_leaves_nothing(source, text, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving, "write_facts", full)
-    refused("disk is full; nothing was written", "gptq", source, data=text, out=tmp_path / "out")
+    assert_refused("disk is full; nothing was written", "gptq", source, data=text, out=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.txt"]
 
 
 def test_too_little_space_is_seen_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: type("U", (), {"free": 10})())
-    refused("are needed and 0 MB are free", "gptq", source, data=tmp_path / "never-read.txt", out=tmp_path / "out")
+    assert_refused("are needed and 0 MB are free", "gptq", source, data=tmp_path / "never-read.txt", out=tmp_path / "out")
 
 
 def test_max_loss_refuses_and_writes_nothing(source, text, tmp_path):

@@ -12,23 +12,21 @@ from formulary.contracts import edits
 from formulary.errors import UsageError
 from formulary.lab import small
 from formulary.workshop import methods, tables
-from tests.workshop.test_bad_input import directory, source, text  # noqa: F401  (fixtures)
+from tests.workshop.conftest import TEXT
 
 
 @pytest.fixture(scope="module")
-def made(source, tmp_path_factory):  # noqa: F811
+def made(source, tmp_path_factory):
     """One full run of `use`, measured and saved."""
     folder = tmp_path_factory.mktemp("use")
     data = folder / "data.txt"
-    from tests.workshop.test_bad_input import TEXT
-
     data.write_text(TEXT)
     outcome = formulary.use("gptq", source, data=data, out=folder / "out", bits=4, rounds=6)
     return outcome, folder / "out", source
 
 
 def test_the_table_has_the_baselines_and_the_method(made):
-    outcome, out, source = made  # noqa: F811
+    outcome, out, source = made
     assert [row.name for row in outcome.rows] == ["unchanged", "bf16", "gptq"]
     for row in outcome.rows:
         assert row.seconds > 0 and row.memory > 10e6 and row.disk > 0
@@ -42,7 +40,7 @@ def test_the_table_has_the_baselines_and_the_method(made):
 
 
 def test_the_directory_is_complete(made):
-    outcome, out, source = made  # noqa: F811
+    outcome, out, source = made
     names = {p.name for p in out.iterdir()}
     assert {"config.json", "model.formulary.safetensors", "tokenizer.json", "LICENSE", "README.md", "formulary.json"} <= names
     facts = json.loads((out / "formulary.json").read_text())
@@ -53,7 +51,7 @@ def test_the_directory_is_complete(made):
 
 
 def test_it_comes_back_bit_identically_by_both_doors(made):
-    outcome, out, source = made  # noqa: F811
+    outcome, out, source = made
     from transformers import AutoModel
 
     batch = small.inputs_for(outcome.model)
@@ -65,7 +63,7 @@ def test_it_comes_back_bit_identically_by_both_doors(made):
 
 
 def test_a_result_can_be_used_again_with_another_method(made, tmp_path):
-    outcome, out, source = made  # noqa: F811
+    outcome, out, source = made
     again = formulary.use("xattention", out, data=[f"word {i} in a line" for i in range(20)], out=tmp_path / "both", measure=False)
     loaded = formulary.load(tmp_path / "both")
     batch = small.inputs_for(loaded)
@@ -95,14 +93,14 @@ def test_a_module_in_memory_stays_as_it_is():
     assert [r.method for r in reports] == ["gptq", "xattention"] and edits.edits_of(model) == []
 
 
-def test_dry_run_computes_nothing(source, tmp_path):  # noqa: F811
+def test_dry_run_computes_nothing(source, tmp_path):
     outcome = formulary.use("gptq", source, data=["a text of words"] * 9, out=tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out").exists() and outcome.model is None
     assert any("12 linear layers" in note for note in outcome.notes)
     assert any("9 text" in note for note in outcome.notes)
 
 
-def test_compare_measures_side_by_side_and_lists_refusals(source, text, tmp_path):  # noqa: F811
+def test_compare_measures_side_by_side_and_lists_refusals(source, text, tmp_path):
     found = formulary.compare(
         "gptq", "xattention", "gtp-vit", model=source, data=text, settings={"gptq.bits": 3}, rounds=6, out=tmp_path / "report"
     )
@@ -147,7 +145,7 @@ def test_a_wide_table_is_turned():
     assert turned[2].startswith("CPU time per item") and "a rather long name 2" in turned[0]
 
 
-def test_the_command_line_prints_the_table_or_json_and_exit_codes(source, text, tmp_path):  # noqa: F811
+def test_the_command_line_prints_the_table_or_json_and_exit_codes(source, text, tmp_path):
     call = lambda *args: subprocess.run([sys.executable, "-m", "formulary.cli", *map(str, args)], capture_output=True, text=True)
     done = call("use", "gptq", source, "--data", text, "--set", "bits=3", "--out", tmp_path / "out", "--rounds", "6", "--json")
     assert done.returncode == 0, done.stderr

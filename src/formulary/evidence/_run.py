@@ -84,9 +84,8 @@ def source_hashes(room: Path) -> dict[str, str]:
         for path in sorted(room.glob("*.py"))
         if not path.name.startswith("test_") and path.name not in ("__init__.py", "conftest.py")
     }
-    parts = room.parent / "_parts.py"
-    if parts.exists():
-        hashes["_parts.py"] = hashlib.sha256(parts.read_bytes()).hexdigest()
+    shared = [path for path in sorted(room.parent.glob("_*.py")) if path.name != "__init__.py"]
+    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shared}
     if (room / "card.toml").exists():
         import tomllib
 
@@ -140,7 +139,8 @@ def _journal_key(check: Check, room: Path) -> str:
     versions, instruction sets.
     """
     house = PAPERS.parent
-    shared = [path for part in _SHARED_SOURCES for path in sorted((house / part).rglob("*.py"))]
+    files = (path for part in _SHARED_SOURCES for path in sorted((house / part).rglob("*")))
+    shared = [path for path in files if path.suffix in (".py", ".cpp")]
     code = {str(path.relative_to(house)): hashlib.sha256(path.read_bytes()).hexdigest() for path in shared}
     sources = {name: value for name, value in source_hashes(room).items() if name != "card claim"}
     return sha256(json.dumps([sources, code, environment(), protocol(check)], sort_keys=True))[:24]

@@ -125,7 +125,7 @@ def _read_pairs(plan: Plan, options, settings):
 
 
 def _read_table(plan: Plan, options, settings):
-    X, y, _ = _table(Path(options.data), options.labels, plan)
+    X, y, _ = _shuffled(*_table(Path(options.data), options.labels), options.seed)
     cut = len(X) - max(1, int(HELD_OUT * len(X)))
     to = lambda a, b: {"inputs": torch.from_numpy(X[a:b]).float(), "labels": torch.as_tensor(y[a:b])}
     return to(0, cut), to(cut, None), {"features": X.shape[1]}
@@ -237,7 +237,7 @@ def _interval(values: list[float]) -> dict[str, float]:
 
 
 def _fit_table(plan: Plan, estimator, options, dry_run):
-    X, y, names = _table(Path(options.data), options.labels, plan)
+    X, y, order = _shuffled(*_table(Path(options.data), options.labels), options.seed)
     cut = len(X) - max(1, int(HELD_OUT * len(X)))
     report = Report(plan.slug, estimator.parameters(), X.size, "table")
     if dry_run:
@@ -246,7 +246,7 @@ def _fit_table(plan: Plan, estimator, options, dry_run):
     guess = estimator.predict(X[cut:])
     report.changed("fit", X.size)
     report.note(f"held-out score {estimator.score(X[cut:], y[cut:]):.4g} on {len(guess)} rows")
-    return (["row", "target", "prediction"], [[cut + i, t, g] for i, (t, g) in enumerate(zip(y[cut:], guess))]), report
+    return (["row", "target", "prediction"], [[i + 1, t, g] for i, t, g in zip(order[cut:], y[cut:], guess)]), report
 
 
 def _series(spec: Any) -> tuple[np.ndarray, list[str]]:
@@ -284,14 +284,20 @@ def _matrix(path: Path) -> tuple[np.ndarray, list[str]]:
     return values, [heads[i] for i in keep]
 
 
-def _table(path: Path, labels: str | None, plan: Plan):
+def _table(path: Path, labels: str | None) -> tuple[np.ndarray, np.ndarray]:
     values, names = _matrix(path)
     target = labels or names[-1]
     if target not in names:
         raise UsageError(f"{path} has no numeric column {target!r}; columns: {', '.join(names)}")
     at = names.index(target)
     others = [i for i in range(len(names)) if i != at]
-    return values[:, others], values[:, at], names
+    return values[:, others], values[:, at]
+
+
+def _shuffled(X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows in a drawn order, and which rows of the file they are, so that a sorted file is judged fairly."""
+    order = np.random.default_rng(seed).permutation(len(X))
+    return X[order], y[order], order
 
 
 def _csv_rows(path: Path) -> list[list[str]]:

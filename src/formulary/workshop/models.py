@@ -4,6 +4,7 @@ A directory is checked before anything is loaded: JSON that parses, no remote co
 agree with their sizes. Nothing here can run code from a file.
 """
 
+import copy
 import json
 import struct
 from dataclasses import dataclass, field
@@ -217,7 +218,8 @@ def load_processor(path: Path, kind: str) -> Any:
 def load_model(spec, *, dtype=None, device=None, revision=None, processor=None) -> Loaded:
     """What `spec` names, loaded: a directory, hub id, `lab:NAME`, or an `nn.Module` in memory."""
     if isinstance(spec, nn.Module):
-        module = spec if dtype is None else spec.to(_dtype(dtype))
+        module = copy.deepcopy(spec) if dtype is not None or spec.training else spec
+        module = module if dtype is None else module.to(_dtype(dtype))
         return Loaded(module.eval(), processor, None, type(spec).__name__)
     path = locate(spec, revision)
     model = load_directory(path, dtype=dtype, device=device)

@@ -85,6 +85,9 @@ def verdict_line(rows: list[Row]) -> str:
     if row.qualities:
         main = row.qualities[0]
         said.append(f"{main.name} {_quality(main)}")
+        plain = by_name.get("plain training")
+        if plain is not None and plain is not row and plain.qualities:
+            said.append(f"plain training {_quality(plain.qualities[0])}")
     return ", ".join(said)
 
 

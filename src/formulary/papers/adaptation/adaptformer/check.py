@@ -9,9 +9,10 @@ from torch import nn
 
 from formulary import lab
 from formulary.contracts import BlockEdit, Data, parts
+from formulary.contracts.heads import with_head
 from formulary.evidence import Check, Outcome, all_of, at_least, no_worse
 
-from .method import AdaptFormer, NormalizedHead, with_head
+from .method import AdaptFormer, NormalizedHead
 
 LAYERS, WIDTH, PRETRAINING, PER_CLASS, STEPS, BATCH = 6, 96, 800, 50, 150, 32
 BOTTLENECK, PROMPTS = 8, 10

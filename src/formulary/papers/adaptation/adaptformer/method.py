@@ -25,7 +25,6 @@ Raises FormularyError without labels, with fewer than two classes, or when the b
 ('ViTForImageClassification', torch.Size([8, 2]))
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -35,7 +34,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from formulary.contracts import BlockEdit, Data, Replacement, Report, Transform, parts
-from formulary.contracts.edits import Editor, edits_of, editing, record, replay
+from formulary.contracts.edits import Editor, editing
+from formulary.contracts.heads import with_head
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
 
@@ -175,38 +175,3 @@ def labeled(data: Data) -> tuple[Data, Sequence[Any]]:
         raise FormularyError(f"adaptformer needs at least two classes; {data.name} has {len(classes)}")
     items = [{**item, "labels": torch.tensor(mark)} for item, mark in zip(data.items, marks)]
     return replace(data, items=items), classes
-
-
-def with_head(model: nn.Module, classes: Sequence[Any]) -> nn.Module:
-    """transformers' image classifier with this model's backbone (weights copied, edits made again) and a new head.
-
-    Raises FormularyError when transformers has none for it, or its backbone does not fit.
-    """
-    from transformers import AutoModelForImageClassification
-
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.num_labels = len(classes)
-    config.id2label = {i: str(name) for i, name in enumerate(classes)}
-    config.label2id = {str(name): i for i, name in enumerate(classes)}
-    config.problem_type = "single_label_classification"
-    attention = config._attn_implementation if config._attn_implementation != "formulary" else None
-    try:
-        new = AutoModelForImageClassification.from_config(config, attn_implementation=attention)
-    except ValueError as error:
-        raise FormularyError(f"transformers has no image classifier around a {type(model).__name__}") from error
-    prefix = f"{new.base_model_prefix}."
-    old = prefix if model.base_model is not model else ""
-    inside = [entry for entry in edits_of(model) if entry["name"].startswith(old)]
-    edits = [{**entry, "name": prefix + entry["name"].removeprefix(old)} for entry in inside]
-    replay(new, edits)
-    state = {key: value.clone() for key, value in model.base_model.state_dict().items()}
-    missing, _ = new.base_model.load_state_dict(state, strict=False, assign=True)
-    if missing:
-        raise FormularyError(f"this {type(model).__name__}'s backbone lacks {missing[0]}, so no head can be put on it")
-    tensor = next(model.parameters())
-    new.classifier.to(tensor.device, tensor.dtype)
-    if edits:
-        record(new, edits)
-    return new.train(model.training)

@@ -23,8 +23,6 @@ Without a tokenizer the needle is drawn tokens, its first third the cue that is 
 2
 """
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,18 +38,8 @@ from formulary.contracts.probe import Probe
 from formulary.contracts.report import Report
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
+from formulary.papers.interpretability.retrieval_head.prompts import answer_ends, beginning, plant, recall_of, say, sentence_end
 
-NAMES = "Arlo Mira Tobin Selma Oskar Petra Lorenz Anneke Bruno Greta Hector Ines Jonas Katya Milo Nadia".split()
-THINGS = (
-    "lantern anchor violin pumpkin compass blanket teapot ladder feather hammer candle mirror basket trumpet saddle kettle marble "
-    "curtain shovel barrel cabbage ribbon whistle magnet pillow bucket walnut helmet carpet needle turnip lemon"
-).split()
-SENTENCES = (
-    ("The wooden box of {0} holds a {1}, a {2}, a {3} and a {4}.", "What does the wooden box of {0} hold?"),
-    ("In the garden of {0} there is a {1}, a {2}, a {3} and a {4}.", "What is there in the garden of {0}?"),
-    ("The king gave {0} a {1}, a {2}, a {3} and a {4}.", "What did the king give {0}?"),
-)
-ANSWER = "a {1}, a {2}, a {3} and a {4}"
 OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense", "wo", "o")
 
 
@@ -118,9 +106,9 @@ class RetrievalHeads(Probe):
         prompts = self.prompts(model, data, report)
         rows, scores = [], []
         for prompt in prompts:
-            emitted, score = retrieval_scores(model, prompt, self.max_new_tokens, _ends(data.processor))
-            recall = _recall(prompt.answer, emitted, data.processor)
-            rows.append({"length": prompt.length, "depth": prompt.depth, "recall": recall, "answer": _say(emitted, data.processor)})
+            emitted, score = retrieval_scores(model, prompt, self.max_new_tokens, answer_ends(data.processor))
+            recall = recall_of(prompt.answer, emitted, data.processor)
+            rows.append({"length": prompt.length, "depth": prompt.depth, "recall": recall, "answer": say(emitted, data.processor)})
             scores.append(score)
         report.tables["prompts"] = rows
         answered = [i for i, row in enumerate(rows) if row["recall"] > self.recall]
@@ -159,8 +147,8 @@ class RetrievalHeads(Probe):
         rows = []
         for name, heads in arms.items():
             with masked_heads(model, heads):
-                said = [greedy(model, p.ids[None], self.max_new_tokens, ends=_ends(data.processor))[0].tolist() for p in prompts]
-            recalls = [_recall(prompt.answer, emitted, data.processor) for prompt, emitted in zip(prompts, said)]
+                said = [greedy(model, p.ids[None], self.max_new_tokens, ends=answer_ends(data.processor))[0].tolist() for p in prompts]
+            recalls = [recall_of(prompt.answer, emitted, data.processor) for prompt, emitted in zip(prompts, said)]
             rows.append({"masked heads": name, "recall": sum(recalls) / len(recalls)})
         report.tables["masking"] = rows
 
@@ -176,15 +164,15 @@ class RetrievalHeads(Probe):
                 report.note(f"length {length} skipped: the data has only {len(hay)} tokens")
                 continue
             for _ in range(self.needles):
-                needle, question, start, size = _plant(hay, data.processor, generator)
+                needle, question, start, size = plant(hay, data.processor, generator)
                 if length + len(needle) + len(question) + self.max_new_tokens > longest:
                     report.note(f"length {length} skipped: the model reads only {longest} positions")
                     break
                 first = int(torch.randint(len(hay) - length + 1, (1,), generator=generator))
                 window = hay[first : first + length]
                 for depth in self.depths:
-                    at = _sentence_end(window, round(depth * length), data.processor)
-                    begin = _begin(data.processor)
+                    at = sentence_end(window, round(depth * length), data.processor)
+                    begin = beginning(data.processor)
                     ids = torch.cat([begin, window[:at], needle, window[at:], question])
                     offset = len(begin) + at + start
                     made.append(Needle(ids, offset, offset + size, length, depth))
@@ -311,63 +299,3 @@ def _zero(chosen: list[int], heads: int):
         return ((split * keep).flatten(-2), *args[1:])
 
     return hook
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def _plant(hay: Tensor, processor, generator: torch.Generator) -> tuple[Tensor, Tensor, int, int]:
-    """(needle ids, ids of the question, where in the needle the answer starts, its length)."""
-    if processor is None:
-        drawn = hay[torch.randint(len(hay), (9,), generator=generator)]
-        return drawn, drawn[:3], 3, 6
-    pick = lambda words: words[int(torch.randint(len(words), (1,), generator=generator))]
-    things = [THINGS[i] for i in torch.randperm(len(THINGS), generator=generator)[:4].tolist()]
-    (told, asked), words = pick(SENTENCES), [pick(NAMES), *things]
-    before, _, after = told.partition(ANSWER)
-    pieces = [f" {before.strip()}", f" {ANSWER}", after]
-    encoded = [_encode(processor, piece.format(*words)) for piece in pieces]
-    question = f"\n\nQuestion: {asked}\nAnswer: {before.strip()}".format(*words)
-    return torch.cat(encoded), _encode(processor, question), len(encoded[0]), len(encoded[1])
-
-
-def _encode(processor, text: str) -> Tensor:
-    return torch.tensor(processor(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-
-
-def _begin(processor) -> Tensor:
-    """What the tokenizer puts before any text."""
-    if processor is None:
-        return torch.empty(0, dtype=torch.long)
-    whole, bare = (processor("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    return torch.tensor(whole[: whole.index(bare[0])] if bare[0] in whole else [], dtype=torch.long)
-
-
-def _sentence_end(window: Tensor, at: int, processor) -> int:
-    """The last end of a sentence up to `at`, or `at` where there is none."""
-    if processor is None or at == 0:
-        return at
-    for place in range(at, 0, -1):
-        if processor.decode([int(window[place - 1])]).rstrip().endswith((".", "!", "?")):
-            return place
-    return at
-
-
-def _ends(processor) -> Callable[[int], bool]:
-    """Whether a token ends the answer: the end of text, or a line end."""
-    if processor is None:
-        return lambda token: False
-    return lambda token: token == processor.eos_token_id or "\n" in processor.decode([token])
-
-
-def _say(tokens: list[int], processor) -> str:
-    return " ".join(map(str, tokens)) if processor is None else processor.decode(tokens, skip_special_tokens=True).strip()
-
-
-def _recall(answer: list[int], emitted: list[int], processor) -> float:
-    """ROUGE-1 recall, 0 to 1: the share of the answer's words (tokens, without a tokenizer) that were said."""
-    if processor is None:
-        wanted, said = Counter(answer), Counter(emitted)
-    else:
-        wanted, said = (Counter(re.findall(r"\w+", _say(tokens, processor).lower())) for tokens in (answer, emitted))
-    return (wanted & said).total() / max(1, wanted.total())

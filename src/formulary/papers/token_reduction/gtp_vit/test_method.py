@@ -13,7 +13,8 @@ from formulary.contracts import Data, parts
 from formulary.errors import FormularyError, UsageError
 from formulary.lab.small import inputs_for, tiny
 from formulary.papers.token_reduction.gtp_vit import GTP
-from formulary.papers.token_reduction.gtp_vit.method import choose, kept_index, shared_tokens
+from formulary.papers.token_reduction.gtp_vit.method import kept_index, shared_tokens
+from formulary.papers.token_reduction.gtp_vit.tokens import choose
 
 
 def deit():
