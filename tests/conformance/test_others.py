@@ -1,11 +1,9 @@
 """What holds for every recipe, probe, model, estimator and study."""
 
-import copy
 
 import pytest
 import torch
 
-from formulary.contracts import Data
 from formulary.lab import small, train
 from tests.conformance import rooms
 

@@ -1,8 +1,6 @@
 """Every kind of bad input gets a one-line error that names it, and nothing is lost or left behind."""
 
 import json
-import os
-import shutil
 import signal
 import struct
 import subprocess

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from formulary.contracts.report import Report
-from formulary.errors import FormularyError, UsageError
+from formulary.errors import UsageError
 from formulary.workshop import fitting, heads, html, saving, using
 
 

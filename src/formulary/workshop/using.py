@@ -306,7 +306,7 @@ def _dry_run(name, plans, path, model, options: Options, size: int, target) -> O
     total = parts.count_weights(skeleton)
     covered = sum(part.weights for part in chosen)
     notes = [
-        f"dry run: nothing was computed or written",
+        "dry run: nothing was computed or written",
         f"{type(skeleton).__name__}, {kind}, {total / 1e6:.1f} M weights, {size / 1e6:.1f} MB on disk, {len(parts.blocks(skeleton))} blocks",
         f"{len(chosen)} linear layers within reach, {100 * covered / max(1, total):.0f} % of the weights",
         *(f"{plan.slug} with {', '.join(f'{k}={v}' for k, v in plan.shown().items() if v not in ((), [])) or 'no parameters'}" for plan in plans),
