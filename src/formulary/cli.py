@@ -119,6 +119,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(run(argv) or 0)
     except FormularyError as error:
         fail(f"error: {error}", error.exit_code, "--json" in argv)
+    except NotImplementedError as error:
+        fail(f"error: not written yet: {error}", 1, "--json" in argv)
     except KeyboardInterrupt:
         fail("stopped", 130, "--json" in argv)
     except BrokenPipeError:

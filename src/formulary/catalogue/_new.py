@@ -29,7 +29,7 @@ class Scaffold:
             "Next:",
             f"  write {'card.toml, ' if 'card.toml' in self.written else ''}method.py, check.py and test_method.py",
             f"  python -m pytest {os.path.relpath(self.room)}",
-            f"  formulary check {self.slug} --record",
+            f"  formulary check {self.slug}, and with --record when the code is final",
         ]
         return "\n".join(lines) + "\n"
 
@@ -187,7 +187,7 @@ METHODS: dict[str, tuple[list[str], str]] = {
 class CLASS(Transform):
     """Parameters with the paper's defaults, one line each. Raises UsageError for a value that is not allowed."""
 
-    supports: ClassVar[frozenset[str]] = frozenset({"decoder"})
+    supports: ClassVar[frozenset[str]] = frozenset({"encoder", "decoder", "encoder-decoder", "vision"})
 
     def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> nn.Module | None:
         """Change `model` through `edit`, and tell `report` every part that was changed or skipped."""

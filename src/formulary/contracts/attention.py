@@ -136,7 +136,9 @@ def _mask_and_bias(mask: Tensor | None, bias: Tensor | None, length: int, keys: 
 def _dispatches(model: nn.Module, module: nn.Module) -> bool:
     """Whether the module's code looks its attention function up in transformers' registry."""
     can = getattr(model, "_can_set_attn_implementation", None)
-    return can is not None and can() and hasattr(module, "is_causal") and "ALL_ATTENTION_FUNCTIONS" in type(module).forward.__globals__
+    forwards = (vars(cls)["forward"] for cls in type(module).__mro__ if "forward" in vars(cls))
+    asks = any("ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__globals__", ()) for forward in forwards)
+    return can is not None and can() and hasattr(module, "is_causal") and asks
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:

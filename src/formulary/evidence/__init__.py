@@ -1,4 +1,13 @@
-"""Checks, intervals, verdicts, records and timing. Importing this loads no torch, scipy or matplotlib; what needs
+"""Checks, intervals, verdicts, records and timing.
+
+A `Check` states predictions: `at_most(a, b, ratio=, minus=)` and `at_least(a, b, ratio=, plus=)` compare the means of two
+arms, or of an arm and a constant (then `effect=`, the size to be seen, or `oracle=`, an arm that reaches it, is needed for
+the planted positive); `no_worse(a, b, margin=)` and `within(a, b, margin=)` are one-sided and two-sided equivalence;
+`exact(a, tol=)` is an identity, every item of it; `speedup(a, b, at_least=)` times the arms' `Outcome(values, work=callable)`
+side by side; `all_of(...)` joins them. Arms return one number an item, or metric -> numbers (name the metric in the
+predicate), or an `Outcome` that also states a `budget`.
+
+Importing this loads no torch, scipy or matplotlib; what needs
 them is loaded when first used.
 """
 

@@ -88,6 +88,8 @@ def _one(
     with _shown_progress(slug) as progress:
         try:
             made = run(slug, record=record, resume=not fresh, seeds=seeds, progress=progress)
+        except NotImplementedError as error:
+            raise FormularyError(f"{slug} is not written yet: {error}") from None
         except KeyboardInterrupt:
             print(f"{slug}: what was finished is kept; the same command goes on from there", file=sys.stderr)
             raise

@@ -26,7 +26,7 @@ from formulary.evidence._predicates import reading
 _SETTLE_SECONDS = 0.3
 """Worker threads of an earlier parallel region spin for about this long, and their spinning would be counted."""
 
-LEAST_ROUNDS, MOST_ROUNDS = 15, 51
+FEWEST_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 6, 15, 51
 _ARM_SECONDS = 0.75
 
 
@@ -111,8 +111,8 @@ def compare_times(
     base = baseline or next(iter(works))
     if base not in works:
         raise UsageError(f"the baseline {base!r} is none of the works ({', '.join(works)}){nearest(base, works)}")
-    if rounds is not None and rounds < 6:
-        raise UsageError(f"rounds={rounds}; the interval of a median needs at least 6, and a result to report 15")
+    if rounds is not None and rounds < FEWEST_ROUNDS:
+        raise UsageError(f"rounds={rounds}; the interval of a median needs at least {FEWEST_ROUNDS}, and a result to report {LEAST_ROUNDS}")
     order, draw = list(works), random.Random(seed)
     cpu, wall = {arm: [] for arm in works}, {arm: [] for arm in works}
     with one_thread(), _no_collection():

@@ -98,7 +98,8 @@ def train(
     """Train `model` in place for `steps` steps; its mode and the caller's random state are kept.
 
     `batches` is `step -> dict of tensors` (or has a `sample` that is, as `contracts.Data` does), or an iterable;
-    to resume from an iterable, its first batches are drawn again and passed over. Only parameters with
+    to resume from an iterable, its first batches are drawn again and passed over. `seed` sets torch's random state
+    (dropout, what a recipe draws), not the batches: `contracts.Data` draws by its own seed. Only parameters with
     `requires_grad` are trained; those with one dimension (norms, biases) are not decayed. The learning rate rises
     over `warmup` steps (a twentieth of all by default) and follows `schedule` to a hundredth of `lr` ("cosine",
     "linear") or stays ("constant").

@@ -14,6 +14,7 @@ from formulary.contracts import parts
 from formulary.contracts.data import Data
 from formulary.contracts.report import Report
 from formulary.errors import FormularyError, UsageError
+from formulary.evidence.timing import FEWEST_ROUNDS
 from formulary.workshop import applying, inputs, measuring, models, quality, saving, tables
 from formulary.workshop.measuring import Row
 
@@ -85,6 +86,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.rounds < FEWEST_ROUNDS:
+            raise UsageError(f"rounds must be at least {FEWEST_ROUNDS}, for the interval of a median, got {self.rounds}")
 
 
 def use(
