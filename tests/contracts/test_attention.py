@@ -71,8 +71,11 @@ def test_an_exact_attention_changes_nothing_under_padding(kind):
     attentions = attach(model)
     assert (output(model) - before)[real_tokens(model)].abs().max() < 1e-4
     assert all(attention.calls for attention in attentions)
-    attach(model, temperature=3.0)
-    assert (output(model) - before).abs().max() > 1e-5
+    with pytest.raises(FormularyError, match="one method can set it, not two"):
+        attach(model, temperature=3.0)
+    other = tiny(kind)
+    attach(other, temperature=3.0)
+    assert (output(other) - before).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "mixtral", "bert", "albert", "t5", "bart"])
@@ -212,7 +215,8 @@ def test_copies_are_independent():
     attach(model)
     before = output(model)
     twin = copy.deepcopy(model)
-    attach(twin, temperature=7.0)
+    for part in parts.mixers(twin):
+        getattr(part.module, ATTRIBUTE).temperature = 7.0
     assert torch.equal(output(model), before) and not torch.allclose(output(twin), before)
 
 

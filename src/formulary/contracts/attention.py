@@ -61,12 +61,15 @@ class Attention(nn.Module):
     def attach(cls, model: nn.Module, name: str, **args) -> nn.Module:
         """Set `cls(**args)` on the self-attention module `name` and switch the model to the adapter.
 
-        Raises FormularyError for cross-attention, which stays with SDPA, and when the module does not compute its attention
-        through transformers' attention interface, since it would then never ask.
+        Raises FormularyError for cross-attention, which stays with SDPA, for a module whose attention was set before, and when the
+        module does not compute its attention through transformers' attention interface, since it would then never ask.
         """
         module = model.get_submodule(name)
         if _is_cross(name, module):
             raise FormularyError(f"{name} is cross-attention; an attention method replaces self-attention only")
+        if hasattr(module, ATTRIBUTE):
+            there = type(getattr(module, ATTRIBUTE)).__name__
+            raise FormularyError(f"{name} already computes its attention by {there}: one method can set it, not two")
         if not _dispatches(model, module):
             raise FormularyError(
                 f"{name} ({type(module).__name__}) does not call transformers' attention interface, so its attention cannot be set"
