@@ -113,6 +113,20 @@ def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.d
     return Quantized(codes, scale.view(rows, groups), zero.view(rows, groups))
 
 
+# ---------------------------------------------------------------- activations on a fixed grid
+
+
+def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """`x` rounded to the levels s (q - z), 0 <= q < 2^bits, computed in float32 at least, in the dtype of x.
+
+    >>> on_grid(torch.tensor([-1.0, 0.4, 9.0]), torch.tensor(1.0), torch.tensor(1.0), bits=2)
+    tensor([-1.,  0.,  2.])
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale, zero = scale.to(wide), zero.to(wide)
+    return (((x.to(wide) / scale).round() + zero).clamp(0, 2**bits - 1) - zero).mul(scale).to(x.dtype)
+
+
 # ---------------------------------------------------------------- bit packing
 
 

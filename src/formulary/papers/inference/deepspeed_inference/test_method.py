@@ -1,0 +1,197 @@
+"""What is true of DeepSpeed Inference alone: same outputs, no work on padding, and memory that holds a few blocks."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import formulary
+from formulary.contracts import edits, parts
+from formulary.errors import FormularyError, UsageError
+from formulary.kernels import encoder
+from formulary.lab.small import inputs_for, tiny
+from formulary.papers.inference.deepspeed_inference import DeepSpeedInference
+from formulary.papers.inference.deepspeed_inference.method import keys_seen, says_padding_alone
+from formulary.papers.inference.deepspeed_inference.streaming import advise, file_pages
+from formulary.papers.quantization.llm_int8 import LLMInt8
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "vit", "dinov2", "llama", "gpt2", "opt", "qwen2"])
+def test_outputs_stay_those_of_the_model(kind):
+    model = tiny(kind)
+    fused, _ = DeepSpeedInference().apply(copy.deepcopy(model))
+    batch = inputs_for(model)
+    with torch.no_grad():
+        seen, wanted = fused(**batch)[0], model(**batch)[0]
+    if "attention_mask" in batch and wanted.ndim == 3:
+        real = batch["attention_mask"].bool()
+        assert not real.all()
+        seen, wanted = seen[real], wanted[real]
+    torch.testing.assert_close(seen, wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padding_costs_nothing_and_comes_back_as_zeros(side):
+    model = tiny("bert")
+    fused, _ = DeepSpeedInference().apply(copy.deepcopy(model))
+    ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 12, dtype=torch.long)
+    for row, gaps in enumerate([(), (0, 1, 2, 3, 4), (0,)]):
+        places = {"left": gaps, "right": [11 - i for i in gaps], "scattered": [2 * i for i in gaps]}[side]
+        mask[row, list(places)] = 0
+    with torch.no_grad():
+        seen, wanted = (m(input_ids=ids, attention_mask=mask).last_hidden_state for m in (fused, model))
+    torch.testing.assert_close(seen[mask.bool()], wanted[mask.bool()], atol=2e-6, rtol=1e-5)
+    assert not seen[~mask.bool()].any()
+    counted = []
+    for one, given in ((fused, mask), (fused, torch.ones_like(mask))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            one.encoder(one.embeddings(ids), attention_mask=given[:, None, None].bool())
+        counted.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
+    assert counted[0] / counted[1] == pytest.approx(float(mask.float().mean()))
+
+
+def test_hidden_states_and_attention_are_given_whole_when_asked_for():
+    model = tiny("bert")
+    fused, _ = DeepSpeedInference().apply(copy.deepcopy(model))
+    batch = inputs_for(model)
+    with torch.no_grad():
+        seen, wanted = (m(**batch, output_hidden_states=True).hidden_states for m in (fused, model))
+    assert [x.shape for x in seen] == [x.shape for x in wanted]
+
+
+def test_a_mask_that_says_more_than_padding_is_left_alone():
+    def padding_of(mask):
+        seen = keys_seen(mask, (mask.shape[0], mask.shape[-1]))
+        return seen.tolist() if says_padding_alone(mask, seen) else None
+
+    causal = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 1, 4, 4)
+    assert padding_of(causal) is None and keys_seen(None, (2, 4)) is None
+    assert padding_of(torch.ones(2, 1, 4, 4, dtype=torch.bool)) is None
+    added = torch.zeros(1, 1, 3, 3).masked_fill(torch.tensor([False, False, True]), torch.finfo(torch.float32).min)
+    assert padding_of(added) == [[True, True, False]] == padding_of(added[:, :, :1])
+    assert padding_of(added + 0.5) is None
+    both = causal & torch.tensor([True, True, True, False])
+    assert padding_of(both) is None
+
+
+def test_the_native_kernel_really_runs(monkeypatch):
+    called = []
+    real = encoder.attention
+    monkeypatch.setattr(encoder, "attention", lambda *a, **k: called.append(a[3].tolist()) or real(*a, **k))
+    fused, _ = DeepSpeedInference().apply(tiny("bert"))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    with torch.no_grad():
+        fused(input_ids=torch.full((2, 4), 7), attention_mask=mask)
+    assert called == [[0, 3, 5]] * len(parts.blocks(fused))
+
+
+def test_it_composes_with_int8_in_either_order():
+    batch = inputs_for(tiny("bert"))
+    orders = ((DeepSpeedInference(), LLMInt8()), (LLMInt8(), DeepSpeedInference()))
+    with torch.no_grad():
+        states = []
+        for first, second in orders:
+            model, _ = second.apply(first.apply(tiny("bert"))[0])
+            states.append(model(**batch).last_hidden_state)
+    torch.testing.assert_close(*states, atol=1e-4, rtol=1e-4)
+
+
+def test_training_still_works_and_gradients_agree():
+    model = tiny("bert")
+    fused, _ = DeepSpeedInference().apply(copy.deepcopy(model))
+    batch = inputs_for(model)
+    gradients = []
+    for one in (model, fused):
+        out = one(**batch).last_hidden_state
+        out[batch["attention_mask"].bool()].square().mean().backward()
+        gradients.append(one.encoder.layer[0].attention.self.query.weight.grad)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- streaming
+
+PROGRAM = """
+import json, sys, torch, formulary
+from formulary.papers.inference.deepspeed_inference.streaming import file_pages
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    return 1024 * int(fields["RssFile"].split()[0])
+torch.set_num_threads(1)
+model = formulary.load(sys.argv[1])
+with torch.no_grad():
+    start, most = resident(), 0
+    for block in model.model.layers:
+        block.register_forward_hook(lambda *_: globals().update(most=max(most, resident())))
+    out = model(torch.arange(6)[None]).logits
+weights = sum(end - begin for block in model.model.layers for begin, end in file_pages(block))
+print(json.dumps({"out": out.double().sum().item(), "end": resident() - start, "most": most - start, "weights": weights}))
+"""
+
+
+def wide_llama():
+    """A Llama of 12 blocks and 38 MB, so that blocks are many pages."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=768, num_hidden_layers=12, num_attention_heads=4)
+    ).eval()
+
+
+def streamed_run(directory) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, directory], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="streaming uses Linux's madvise")
+def test_a_streamed_model_gives_its_weights_back_and_the_same_outputs(tmp_path):
+    model = wide_llama()
+    model.save_pretrained(tmp_path / "whole")
+    streamed, _ = DeepSpeedInference(fuse=False, stream=True).apply(copy.deepcopy(model))
+    streamed.save_pretrained(tmp_path / "streamed", variant="formulary")
+    seen, whole = (streamed_run(str(tmp_path / name)) for name in ("streamed", "whole"))
+    assert seen["out"] == whole["out"]
+    assert seen["weights"] > 0.95 * sum(p.numel() * 4 for p in model.model.layers.parameters())
+    assert seen["end"] < 0.3 * seen["weights"] and seen["most"] < 0.5 * seen["weights"], seen
+    assert whole["end"] > 0.8 * whole["weights"], whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="streaming uses Linux's madvise")
+def test_a_changed_weight_is_never_lost(tmp_path):
+    streamed, _ = DeepSpeedInference(fuse=False, stream=True).apply(wide_llama())
+    streamed.save_pretrained(tmp_path / "streamed", variant="formulary")
+    model = formulary.load(tmp_path / "streamed")
+    block = model.model.layers[3]
+    assert file_pages(block)
+    block.mlp.up_proj.weight.data.mul_(-1)
+    wanted = block.mlp.up_proj.weight.detach().clone()
+    for _ in range(2):
+        assert advise(block, "give back") > 0
+        with torch.no_grad():
+            model(torch.arange(6)[None])
+    assert torch.equal(block.mlp.up_proj.weight, wanted)
+
+
+def test_a_model_in_memory_is_never_advised_and_copies_let_go():
+    streamed, _ = DeepSpeedInference(fuse=False, stream=True).apply(tiny("llama"))
+    block = streamed.model.layers[0]
+    assert file_pages(block) == [] and advise(block, "give back") == 0
+    assert block.streamed_ahead.block() is streamed.model.layers[1]
+    assert copy.deepcopy(streamed).model.layers[0].streamed_ahead.block() is None
+    assert len(edits.edits_of(streamed)) == len(parts.blocks(streamed))
+
+
+def test_what_cannot_be_done_is_refused_in_one_line():
+    with pytest.raises(UsageError, match="nothing to do"):
+        DeepSpeedInference(fuse=False, stream=False)
+    model, _ = DeepSpeedInference().apply(tiny("bert"))
+    with pytest.raises(FormularyError, match="one method can set it, not two"):
+        DeepSpeedInference().apply(model)

@@ -1,0 +1,1 @@
+from .method import BCT, BlockActivation, BlockAttention, BlockEmbedding, BlockLinear, BlockNorm

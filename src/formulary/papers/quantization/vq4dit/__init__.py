@@ -1,0 +1,1 @@
+from .method import VQ4DiT, VQLinear
