@@ -21,6 +21,9 @@ class Transform:
     part changed or skipped, and return None, or a new model when the method makes one. Validate parameters in `__post_init__`
     (call `super().__post_init__()`), raising `UsageError` with the value and what is allowed.
 
+    `shift_invariant` is False for a method that rounds after rotary positions were applied: the result of a model with relative
+    positions then depends, by a rounding step, on where padding puts a text, unless `position_ids` are given (`generate` does).
+
     `targets` and `ignore` choose parts by globs over dotted names or by class names.
     """
 
@@ -32,6 +35,7 @@ class Transform:
     trains: ClassVar[bool] = False
     adapter: ClassVar[bool] = False
     unit: ClassVar[str] = "linear layer"
+    shift_invariant: ClassVar[bool] = True
 
     def __post_init__(self):
         for name in ("targets", "ignore"):

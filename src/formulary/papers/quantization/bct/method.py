@@ -215,6 +215,7 @@ class BCT(Transform):
     everything: bool = True
 
     unit = "part"
+    shift_invariant = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -169,6 +169,7 @@ class RepQuant(Transform):
     damp: float = 0.01
 
     needs_data: ClassVar[bool] = True
+    shift_invariant: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {"clip_steps": 3, "tokens": 256}
 
     def __post_init__(self):
