@@ -34,6 +34,7 @@ from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
 
 from .._parts import pack, unpack
+from .clustering import k_means, nearest
 
 
 class VQLinear(Replacement):
@@ -78,7 +79,7 @@ class VQLinear(Replacement):
         if self.soft is not None:
             return self.soft.weight().view(self.out_features, -1)
         codes = unpack(self.codes, self.bits)[:, : self.in_features // self.dim]
-        return self.codebook[codes.int()].flatten(1)
+        return F.embedding(codes.int(), self.codebook).flatten(1)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return F.linear(x, self.weight.to(x.dtype), self.bias)
@@ -204,7 +205,9 @@ class VQ4DiT(Transform):
     def _calibrate(self, model, teacher, layers: list[VQLinear], data: Data, report: Report) -> None:
         """Train codebooks and ratios, then keep each sub-vector's largest candidate."""
         model.eval().requires_grad_(False)
-        groups = [{"params": [s.codebook], "lr": self.lr * _size(s.codebook)} for s in (la.soft for la in layers)]
+        size = lambda codebook: float(codebook.detach().square().mean().sqrt()) or 1.0
+        books = [layer.soft.codebook for layer in layers]
+        groups = [{"params": [book], "lr": self.lr * size(book)} for book in books]
         groups.append({"params": [layer.soft.logits for layer in layers], "lr": self.ratio_lr})
         adam = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
@@ -238,51 +241,6 @@ def _check_sizes(codewords: int, dim: int) -> None:
     if codewords not in (4, 8, 16, 32, 64, 128, 256):
         raise UsageError(f"vq4dit: codewords must be a power of 2 from 4 to 256, got {codewords}")
     check_range("vq4dit", "dim", dim, 1, 64)
-
-
-def _size(values: Tensor) -> float:
-    return float(values.detach().square().mean().sqrt()) or 1.0
-
-
-# ---------------------------------------------------------------- clustering
-
-
-def nearest(
-    vectors: Float[Tensor, "N dim"], codebook: Float[Tensor, "k dim"], n: int
-) -> tuple[Float[Tensor, "N n"], Int[Tensor, "N n"]]:
-    """(squared distances, indices) of the `n` nearest codewords of each vector, nearest first."""
-    distance, index = [], []
-    for chunk in vectors.split(1 << 12):
-        d = torch.addmm(codebook.square().sum(1), chunk, codebook.mT, alpha=-2)
-        best = d.topk(n, dim=1, largest=False) if n > 1 else d.min(dim=1, keepdim=True)
-        distance.append((best.values + chunk.square().sum(1, keepdim=True)).clamp(min=0))
-        index.append(best.indices)
-    return torch.cat(distance), torch.cat(index)
-
-
-def k_means(
-    vectors: Float[Tensor, "N dim"], k: int, rounds: int = 25
-) -> tuple[Float[Tensor, "k dim"], Int[Tensor, "N"]]:
-    """(codebook, assignments) after `rounds` of Lloyd's algorithm from k random vectors; the caller seeds torch.
-
-    A codeword that loses all its vectors moves to the vector that is farthest from its own.
-
-    >>> points = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [5.1, 5.0]])
-    >>> k_means(points, 2)[0].sort(0).values
-    tensor([[0.0500, 0.0000],
-            [5.0500, 5.0000]])
-    """
-    codebook = vectors[torch.randperm(len(vectors))[:k]].clone()
-    for _ in range(rounds):
-        distance, index = nearest(vectors, codebook, 1)
-        index = index[:, 0]
-        count = torch.bincount(index, minlength=k)
-        total = torch.zeros_like(codebook).index_add_(0, index, vectors)
-        empty = count == 0
-        codebook = torch.where(empty[:, None], codebook, total / count.clamp(min=1)[:, None])
-        if bool(empty.any()):
-            codebook[empty] = vectors[distance[:, 0].topk(int(empty.sum())).indices]
-    return codebook, nearest(vectors, codebook, 1)[1][:, 0]
 
 
 # ---------------------------------------------------------------- calibration
