@@ -41,7 +41,6 @@ from formulary.papers.token_reduction._parts import (
     multiply_adds,
     patches,
     refuse_masks,
-    rows,
     shared_tokens,
 )
 

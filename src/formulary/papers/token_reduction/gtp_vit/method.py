@@ -36,6 +36,7 @@ from formulary.contracts import Attention, BlockEdit, Data, Report, Transform, p
 from formulary.contracts.edits import Editor
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError, nearest
+from formulary.papers.token_reduction._parts import PREFIX_TOKENS, grid, patches, refuse_masks
 from formulary.papers.token_reduction.gtp_vit.tokens import Tokens, sparsify, token_scores
 
 GRAPHS = ("both", "spatial", "semantic")
@@ -61,28 +62,19 @@ def kept_index(model: nn.Module) -> Int[Tensor, "B M"]:
 # ---------------------------------------------------------------- edits
 
 
-def _grid(projection: nn.Conv2d, pixels: Float[Tensor, "*B C H W"]) -> tuple[int, int]:
-    """Height and width in patches, as the convolution that embeds them gives."""
-    sides = zip(pixels.shape[-2:], projection.kernel_size, projection.stride)
-    height, width = ((side - size) // stride + 1 for side, size, stride in sides)
-    return height, width
-
-
 class PatchGrid:
     """Makes the patch embedding note the grid's height and width for the blocks, and hold what they share."""
 
     @classmethod
     def attach(cls, model: nn.Module, name: str, *, graph: str, neighbors: int) -> nn.Module:
         module = model.get_submodule(name)
-        if isinstance(module, cls):
-            raise FormularyError(f"{name} already carries gtp-vit: it cannot be applied twice to one model")
         bases = (cls, type(module))
         module.__class__ = type("".join(base.__name__ for base in bases), bases, {"__module__": cls.__module__})
         module.gtp_tokens = Tokens(graph, neighbors)
         return module
 
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Tensor:
-        self.gtp_tokens.height, self.gtp_tokens.width = _grid(self.projection, pixel_values)
+        self.gtp_tokens.height, self.gtp_tokens.width = grid(self.projection, pixel_values)
         return super().forward(pixel_values, *args, **kwargs)
 
 
@@ -110,8 +102,7 @@ class ScoredAttention(Attention):
         scale: float | None = None,
         causal: bool = False,
     ) -> Float[Tensor, "B H L K"]:
-        if mask is not None or bias is not None or causal:
-            raise FormularyError("gtp-vit cannot drop tokens under an attention mask: leave attention_mask out")
+        refuse_masks("gtp-vit", mask, bias, causal)
         sizes = self.tokens.bias
         if not self.scored:
             sizes = None if sizes is None else sizes.to(query.dtype)
@@ -191,9 +182,9 @@ class GTP(Transform):
 
     def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> None:
         blocks = parts.blocks(model)
-        embedding, patches = _patches(model, blocks, data)
+        embedding, count = patches(self.slug, model, data)
         chosen = {block.name for block in parts.blocks(model, self.targets, self.ignore)}
-        drop = _fitting(self.tokens_per_layer, patches, len(chosen), report)
+        drop = _fitting(self.tokens_per_layer, count, len(chosen), report)
         edit.edit(embedding, PatchGrid, graph=self.graph, neighbors=self.neighbors)
         mixers = {part.block.name: part.name for part in parts.mixers(model)}
         for block in blocks:
@@ -206,28 +197,7 @@ class GTP(Transform):
                 report.changed(block.name, parts.count_weights(block.module), f"drops {drop} image tokens")
         if len(chosen) < len(blocks):
             report.note(f"{len(blocks) - len(chosen)} blocks not chosen keep their tokens")
-        report.figures.update(_figures(model, blocks, chosen, drop, patches))
-
-
-def _patches(model: nn.Module, blocks: Sequence[parts.Block], data: Data | None) -> tuple[str, int]:
-    """The patch embedding's name, and the patches of an image of `data`, else of the configured size."""
-    who = type(model).__name__
-    if seamless := [block for block in blocks if not block.has_seam]:
-        kind = type(seamless[0].module).__name__
-        raise FormularyError(f"gtp-vit cannot act inside the {kind}s of this {who}: no seam is known")
-    if len({block.stack for block in blocks}) > 1:
-        raise FormularyError(f"gtp-vit needs a model with one stack of blocks; this {who} has several")
-    stages = getattr(model, "stage_names", None)
-    if stages and set(model.out_features) != {stages[-1]}:
-        read = ", ".join(model.out_features)
-        raise FormularyError(f"gtp-vit drops tokens that this {who} reads from inner blocks: {read}")
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "projection", None), nn.Conv2d) and hasattr(module, "num_patches"):
-            if data is None or "pixel_values" not in data.items[0]:
-                return name, module.num_patches
-            height, width = _grid(module.projection, data.items[0]["pixel_values"])
-            return name, height * width
-    raise FormularyError(f"gtp-vit needs a grid of patches; this {who} has no convolution that embeds patches")
+        report.figures.update(_figures(model, blocks, chosen, drop, count))
 
 
 def _fitting(drop: int, patches: int, layers: int, report: Report) -> int:
@@ -240,8 +210,7 @@ def _fitting(drop: int, patches: int, layers: int, report: Report) -> int:
 
 def _figures(model, blocks: Sequence[parts.Block], chosen: set[str], drop: int, patches: int) -> dict:
     """Image tokens after each block, and the blocks' multiply-adds relative to before, for `patches` tokens."""
-    extra = ("cls_token", "distillation_token", "register_tokens")
-    prefix = sum(parameter.shape[1] for name, parameter in model.named_parameters() if name.endswith(extra))
+    prefix = sum(value.shape[1] for name, value in model.named_parameters() if name.endswith(PREFIX_TOKENS))
     linears, width = parts.linears(model), model.config.hidden_size
     whole, left, counts, before, after = prefix + patches, patches, [], 0, 0
     for block in blocks:

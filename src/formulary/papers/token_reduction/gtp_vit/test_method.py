@@ -338,7 +338,7 @@ def test_models_that_cannot_lose_tokens_are_refused():
         "does not support a decoder": tiny("gpt2"),
         "reads from inner blocks: stage1, stage2": Dinov2Backbone(config),
         "no seam is known": swin,
-        "cannot be applied twice": twice,
+        "carries a method that did: apply one": twice,
     }
     for says, model in refusals.items():
         before = {name: value.clone() for name, value in model.state_dict().items()}

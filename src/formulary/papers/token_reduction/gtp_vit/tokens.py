@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from formulary.errors import FormularyError
+from formulary.papers.token_reduction._parts import grid_distances, rows
 
 
 def token_scores(attention: Float[Tensor, "B H L L"], prefix: int) -> Float[Tensor, "B n"]:
@@ -19,13 +20,6 @@ def choose(scores: Float[Tensor, "B n"], drop: int) -> tuple[Int[Tensor, "B kept
     order = scores.argsort(dim=1, descending=True, stable=True)
     kept = scores.shape[1] - drop
     return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
-
-
-def grid_distances(height: int, width: int, device: torch.device) -> Float[Tensor, "N N"]:
-    """Squared distances between the patches of a grid, in patches."""
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
-    return ((rows[:, None] - rows) ** 2 + (columns[:, None] - columns) ** 2).float()
 
 
 def token_graph(
@@ -49,11 +43,6 @@ def sparsify(attention: Float[Tensor, "B H L L"], density: float) -> Float[Tenso
     kept = max(1, round(density * entries))
     least = attention.flatten(2).kthvalue(entries - kept + 1, dim=-1).values[..., None, None]
     return attention.masked_fill(attention < least, 0)
-
-
-def rows(x: Float[Tensor, "B N D"], index: Int[Tensor, "B n"]) -> Float[Tensor, "B n D"]:
-    """The rows of each image at `index`."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class Tokens:
