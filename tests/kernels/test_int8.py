@@ -51,6 +51,12 @@ def test_the_linear_map_is_its_equation(rows, features, outputs, bias, seed):
     torch.testing.assert_close(seen.double(), whole + offset.double() * bias, atol=1e-2, rtol=1e-4)
 
 
+def test_more_rows_than_one_piece_holds_are_all_multiplied():
+    x, (codes, scale, bias) = tokens(700, 32), weights(1024, 32)
+    pieces = torch.cat([int8.linear(int8.quantize(row, 6.0), codes, scale, bias) for row in x.split(50)])
+    assert torch.equal(int8.linear(int8.quantize(x, 6.0), codes, scale, bias), pieces)
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     x, (codes, scale, bias) = tokens(900, 257), weights(130, 257)
     before, seen = torch.get_num_threads(), []

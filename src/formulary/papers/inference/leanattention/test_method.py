@@ -66,6 +66,13 @@ def test_a_query_that_sees_nothing_gets_zeros():
         assert bool((out[0] == 0).all() and (out[1, :, 1] == 0).all() and (out[1, :, 0] != 0).any())
 
 
+def test_merging_parts_of_very_different_size_does_not_overflow():
+    value = torch.tensor([[1.0], [2.0]])
+    low, high = (partial_attention(torch.tensor([[score]]), row[None]) for score, row in zip((-500.0, 500.0), value))
+    for pair in ((low, high), (high, low)):
+        assert finish(merge(*pair)).tolist() == [[2.0]]
+
+
 def test_merging_is_associative_and_commutative_with_a_neutral_part():
     generator = torch.Generator().manual_seed(0)
     scores = 30 * torch.randn(2, 60, generator=generator).double()
