@@ -142,11 +142,29 @@ class Editor:
         old = self.model.get_submodule(name)
         tensor = next(old.parameters(), None)
         dtype = tensor.dtype if tensor is not None and tensor.is_floating_point() else torch.get_default_dtype()
+        tied = self._is_tied(old)
         with _default(dtype, tensor.device if tensor is not None else torch.device("cpu")):
             new = cls.attach(self.model, name, **args)
+        if tied and new is not old:
+            self._untie()
         new.train(old.training)
         self.made.append(entry)
         return new
+
+    def _is_tied(self, module: nn.Module) -> bool:
+        """Whether it is the input embedding or the output head of a model in which these share their weight."""
+        if not hasattr(self.model, "get_output_embeddings"):
+            return False
+        ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        weights = [getattr(end, "weight", None) for end in ends]
+        return any(module is end for end in ends) and weights[0] is not None and weights[0] is weights[1]
+
+    def _untie(self) -> None:
+        """What took the place of an embedding or a head has a weight of its own; loading must not tie it again."""
+        for config in {id(config): config for config in (self.model.config, self.model.config.get_text_config())}.values():
+            if getattr(config, "tie_word_embeddings", False):
+                self.on_failure(lambda config=config: setattr(config, "tie_word_embeddings", True))
+                config.tie_word_embeddings = False
 
     def set(self, parameter: Tensor, value: Tensor) -> None:
         """Overwrite a parameter or buffer in place; the old values come back on failure."""

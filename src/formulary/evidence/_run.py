@@ -140,7 +140,7 @@ def _journal_key(check: Check, room: Path) -> str:
     """
     house = PAPERS.parent
     files = (path for part in _SHARED_SOURCES for path in sorted((house / part).rglob("*")))
-    shared = [path for path in files if path.suffix in (".py", ".cpp")]
+    shared = [path for path in files if path.suffix in (".py", ".cpp", ".hpp")]
     code = {str(path.relative_to(house)): hashlib.sha256(path.read_bytes()).hexdigest() for path in shared}
     sources = {name: value for name, value in source_hashes(room).items() if name != "card claim"}
     return sha256(json.dumps([sources, code, environment(), protocol(check)], sort_keys=True))[:24]

@@ -2,8 +2,8 @@
 
     y = c_x c_w (q V^T) + x_O W'_O^T + b,   x = c_x q + x_O,   W' = c_w V        (arXiv:2208.07339, equation 8)
 
-The product runs in oneDNN's int8 kernel; what stands before and after it, in C++ compiled at first use. Each has a plain
-twin in PyTorch, which runs where the fast one is missing.
+On x86 it runs in C++ compiled at first use, on AMX tiles or AVX-512 VNNI, from weights packed once; elsewhere in the plain
+twin, whose product is oneDNN's where that is exact. Sums of integers are exact on every path.
 """
 
 import ctypes
@@ -11,88 +11,134 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from formulary.kernels.native import library, why_not
 
 
-class Tokens(NamedTuple):
-    """Rows in integers: `values` = step * integers, plus what `columns` hold at or above `threshold`."""
-
-    values: Float[Tensor, "tokens in"]
-    integers: Int8[Tensor, "tokens in"]
-    step: Float[Tensor, "tokens 1"]
-    columns: Int[Tensor, "m"]
-    threshold: float
-
-
-def quantize(x: Float[Tensor, "*batch in"], threshold: float) -> Tokens:
-    """Every row of `x` rounded to 8 bits by the largest of its absolute values below `threshold`.
-
-    >>> tokens = quantize(torch.tensor([[127.0, -1.0, 500.0]]), threshold=200.0)
-    >>> tokens.integers.tolist(), tokens.step.tolist(), tokens.columns.tolist()
-    ([[127, -1, 0]], [[1.0]], [2])
-    """
-    values = x.reshape(-1, x.shape[-1]).float().contiguous()
-    native = _native(values)
-    if native is None:
-        return plain_quantize(values, threshold)
-    rows, n = values.shape
-    integers, step = torch.empty(rows, n, dtype=torch.int8), torch.empty(rows, 1)
-    outlier = torch.zeros(n, dtype=torch.bool)
-    native.quantize_rows(_at(values), rows, n, threshold, _at(integers), _at(step), _at(outlier))
-    return Tokens(values, integers, step, outlier.nonzero()[:, 0], threshold)
-
-
-def plain_quantize(values: Float[Tensor, "tokens in"], threshold: float) -> Tokens:
-    """The twin of the C++ path of `quantize`."""
-    outlier = values.abs() >= threshold
-    inliers = values.masked_fill(outlier, 0.0)
-    step = (inliers.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-    integers = (inliers * step.reciprocal()).round().to(torch.int8)
-    return Tokens(values, integers, step, outlier.any(0).nonzero()[:, 0], threshold)
-
-
-def linear(tokens: Tokens, codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out"], bias: Float[Tensor, "out"] | None):
-    """(tokens, out) float32, a piece at a time, so that sums stay in the second-level cache until they are finished.
+def linear(
+    x: Float[Tensor, "*batch in"],
+    codes: Int8[Tensor, "out in"],
+    scale: Float[Tensor, "out"],
+    bias: Float[Tensor, "out"] | None,
+    threshold: float,
+) -> Float[Tensor, "*batch out"]:
+    """float32. Every row of x is rounded to 8 bits by the largest of its absolute values below `threshold`; what is at
+    or above stays as it is.
 
     >>> x, codes, scale = torch.randn(3, 8), torch.eye(8).to(torch.int8), torch.ones(8)
-    >>> torch.allclose(linear(quantize(x, 6.0), codes, scale, None), x, atol=0.02)
+    >>> torch.allclose(linear(x, codes, scale, None, 6.0), x, atol=0.02)
     True
     """
-    scale, bias = scale.float(), None if bias is None else bias.float()
-    multiply = onednn_product if tokens.values.device.type == "cpu" and has_onednn() else plain_product
-    weight = (codes[:, tokens.columns].float() * scale[:, None]).mT.contiguous()
-    native = _native(tokens.values)
-    finish = plain_finish if native is None else _native_finish
-    rows, features = len(tokens.values), len(codes)
-    out = tokens.values.new_empty(rows, features)
-    size = max(64, 2**18 // features)
-    for start in range(0, rows, size):
-        some = slice(start, start + size)
-        piece = tokens._replace(values=tokens.values[some], integers=tokens.integers[some], step=tokens.step[some])
-        finish(multiply(piece.integers, codes, scale), piece, bias, weight, out[some])
+    native = level()
+    if x.device.type != "cpu" or not native:
+        return plain_linear(x, codes, scale, bias, threshold)
+    x = x.float().contiguous()
+    weights = prepared(codes, scale, bias, threshold)
+    out = x.new_empty(*x.shape[:-1], len(codes))
+    _library().linear(ctypes.byref(weights.struct), x.data_ptr(), out.numel() // len(codes), native, out.data_ptr())
     return out
 
 
-def plain_finish(product: Tensor, tokens: Tokens, bias: Tensor | None, weight: Float[Tensor, "m out"], out: Tensor) -> None:
-    """out = step * product + bias + outliers @ weight: the twin of the C++ path."""
-    torch.mul(product, tokens.step, out=out)
+class Linear(NamedTuple):
+    """An int8 linear: codes (out, in), scale (out,), bias (out,) or None. A module with a method `int8` that gives one, and
+    its `threshold`, can run in a kernel for whole blocks.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    threshold: float
+
+
+# ---------------------------------------------------------------- packed weights
+
+
+class Struct(ctypes.Structure):
+    """`Linear` of int8.hpp."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("packed", "sums", "scale", "bias")],
+        *[(name, ctypes.c_int64) for name in ("inputs", "outputs", "deep", "wide")],
+        ("threshold", ctypes.c_float),
+    ]
+
+
+class Weights:
+    """Weights as the C++ reads them; `struct` points into tensors that live as long as this."""
+
+    def __init__(self, codes: Int8[Tensor, "out in"], scale: Tensor, bias: Tensor | None, threshold: float):
+        outputs, inputs = codes.shape
+        deep, wide = -(-inputs // 64) * 64, -(-outputs // 32) * 32
+        self.packed = torch.zeros(wide // 16, deep // 4, 16, 4, dtype=torch.int8)
+        self.sums = torch.zeros(wide, dtype=torch.int32)
+        self.scale, self.bias = torch.zeros(wide), torch.zeros(wide)
+        self.scale[:outputs] = scale.detach()
+        if bias is not None:
+            self.bias[:outputs] = bias.detach()
+        codes = codes.contiguous()
+        _library().pack(codes.data_ptr(), outputs, inputs, deep, self.packed.data_ptr(), self.sums.data_ptr())
+        pointers = (x.data_ptr() for x in (self.packed, self.sums, self.scale, self.bias))
+        self.struct = Struct(*pointers, inputs, outputs, deep, wide, threshold)
+
+
+_PREPARED = WeakTensorKeyDictionary()
+"""Packed weights, for as long as the int8 tensor they were made from lives and nothing was written to them."""
+
+
+def prepared(codes: Tensor, scale: Tensor, bias: Tensor | None, threshold: float) -> Weights:
+    """The weights packed, at the first call and whenever they were written to."""
+    state = (*((id(x), version(x)) for x in (codes, scale, bias)), threshold)
+    made = _PREPARED.get(codes)
+    if made is None or made[0] != state:
+        made = _PREPARED[codes] = (state, Weights(codes, scale, bias, threshold))
+    return made[1]
+
+
+def version(tensor: Tensor | None) -> int:
+    """Changes whenever the tensor was written to, as far as torch keeps count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+# ---------------------------------------------------------------- the plain twin
+
+
+class Tokens(NamedTuple):
+    """Rows in integers, values = step * integers + outliers."""
+
+    integers: Int8[Tensor, "tokens in"]
+    step: Float[Tensor, "tokens 1"]
+    outliers: Float[Tensor, "tokens in"]
+
+
+def plain_linear(x, codes, scale, bias, threshold) -> Tensor:
+    """The twin of `linear` in PyTorch."""
+    integers, step, outliers = plain_quantize(x.reshape(-1, x.shape[-1]).float(), threshold)
+    scale = scale.float()
+    product = onednn_product if x.device.type == "cpu" and has_onednn() else plain_product
+    out = product(integers, codes, scale).mul_(step)
     if bias is not None:
-        out += bias
-    if len(weight):
-        some = tokens.values[:, tokens.columns]
-        out.addmm_(torch.where(some.abs() >= tokens.threshold, some, 0.0), weight)
+        out += bias.float()
+    columns = (outliers != 0).any(0).nonzero()[:, 0]
+    if len(columns):
+        out += outliers[:, columns] @ (codes[:, columns].float() * scale[:, None]).mT
+    return out.view(*x.shape[:-1], len(codes))
 
 
-def _native_finish(product: Tensor, tokens: Tokens, bias: Tensor | None, weight: Tensor, out: Tensor) -> None:
-    rows, features = out.shape
-    library("int8_rows").finish_rows(
-        _at(product), rows, features, _at(tokens.step), None if bias is None else _at(bias.contiguous()),
-        _at(tokens.values), tokens.values.shape[1], tokens.threshold, _at(tokens.columns), len(weight), _at(weight), _at(out),
-    )  # fmt: skip
+def plain_quantize(values: Float[Tensor, "tokens in"], threshold: float) -> Tokens:
+    """Rows rounded to 8 bits.
+
+    >>> tokens = plain_quantize(torch.tensor([[127.0, -1.0, 500.0]]), threshold=200.0)
+    >>> tokens.integers.tolist(), tokens.step.tolist(), tokens.outliers.tolist()
+    ([[127, -1, 0]], [[1.0]], [[0.0, 0.0, 500.0]])
+    """
+    outlier = ~(values.abs() < threshold)
+    inliers = values.masked_fill(outlier, 0.0)
+    step = (inliers.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    integers = (inliers * step.reciprocal()).round().to(torch.int8)
+    return Tokens(integers, step, torch.where(outlier, values, 0.0))
 
 
 def plain_product(integers: Int8[Tensor, "tokens in"], codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out"]):
@@ -102,19 +148,12 @@ def plain_product(integers: Int8[Tensor, "tokens in"], codes: Int8[Tensor, "out 
     return (integers.float() @ codes.float().mT) * scale
 
 
-_PREPARED = WeakTensorKeyDictionary()
-"""Weights in oneDNN's own layout, for as long as the int8 tensor they were made from lives and is not written to."""
-
-
 def onednn_product(integers: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """The same in oneDNN, exact: sums are in 32 bits."""
-    version = 0 if codes.is_inference() else codes._version
-    made = _PREPARED.get(codes)
-    if made is None or made[0] != version:
-        made = (version, torch.ops.onednn.qlinear_prepack(codes, None), torch.zeros(len(codes), dtype=torch.long))
-        _PREPARED[codes] = made
+    weight = torch.ops.onednn.qlinear_prepack(codes, None)
+    zeros = torch.zeros(len(codes), dtype=torch.long)
     return torch.ops.onednn.qlinear_pointwise(
-        integers, 1.0, 0, made[1], scale, made[2], None, 1.0, 0, torch.float32, "none", [], "none"
+        integers, 1.0, 0, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "none"
     )
 
 
@@ -132,29 +171,29 @@ def has_onednn() -> bool:
     return bool((seen == -64 * 127 * 127).all())
 
 
-def path() -> str:
-    """Which path runs on this processor, in words."""
-    if not has_onednn():
-        return "plain (integers multiplied in floating point)"
-    missing = why_not("int8_rows")
-    return f"oneDNN int8, rounding in PyTorch ({missing})" if missing else "oneDNN int8, rounding in C++"
+# ---------------------------------------------------------------- which path
 
 
-def _native(values: Tensor) -> ctypes.CDLL | None:
-    return _signed() if values.device.type == "cpu" else None
+def level() -> int:
+    """0: no native path here; 1: AVX-512 VNNI; 2: AMX."""
+    return _library().level() if _library() else 0
 
 
 @cache
-def _signed() -> ctypes.CDLL | None:
-    """The compiled library, its functions typed."""
-    made = library("int8_rows")
-    if made is not None:
-        memory, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        made.quantize_rows.argtypes = [memory, size, size, real, memory, memory, memory]
-        made.finish_rows.argtypes = [memory, size, size, memory, memory, memory, size, real, memory, size, memory, memory]
-        made.quantize_rows.restype = made.finish_rows.restype = None
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, its functions typed; None where the processor has nothing for it."""
+    made = library("int8")
+    if made is None or not made.level():
+        return None
+    memory, size = ctypes.c_void_p, ctypes.c_int64
+    made.pack.argtypes, made.pack.restype = [memory, size, size, size, memory, memory], None
+    made.linear.argtypes, made.linear.restype = [memory, memory, size, ctypes.c_int32, memory], None
     return made
 
 
-def _at(tensor: Tensor) -> int:
-    return tensor.data_ptr()
+def path() -> str:
+    """Which path runs on this processor, in words."""
+    if found := level():
+        return ("AVX-512 VNNI in C++", "AMX int8 in C++")[found - 1]
+    missing = why_not("int8") or "this processor has no AVX-512 VNNI"
+    return f"oneDNN int8, rounding in PyTorch ({missing})" if has_onednn() else f"integers in floating point ({missing})"

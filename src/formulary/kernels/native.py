@@ -1,7 +1,7 @@
 """C++ beside a kernel, compiled at first use with the machine's own compiler and kept in the cache.
 
 Without a compiler, or where one fails, `library` is None and the caller takes its plain path; `why_not` says why.
-The file's name holds a hash of the source, the compiler and the processor's features: another machine that shares the
+The file's name holds a hash of the source and the headers beside it, the compiler and the processor's features: another machine that shares the
 cache makes its own. `FORMULARY_NATIVE=0` turns native code off.
 """
 
@@ -51,7 +51,7 @@ def compiler() -> str | None:
 def _compiled(source: Path) -> Path:
     if os.environ.get("FORMULARY_NATIVE") == "0":
         raise RuntimeError("native code is turned off by FORMULARY_NATIVE=0")
-    text = source.read_bytes()
+    text = b"".join(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.hpp"))])
     found = compiler()
     if found is None:
         raise RuntimeError("no C++ compiler is on the path")

@@ -1,1 +1,1 @@
-from .method import DeepSpeedInference, FusedAttention, Streamed, Unpadded
+from .method import DeepSpeedInference, FusedAttention, FusedBlock, Streamed, Unpadded

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import formulary
 from formulary.contracts import edits, parts
 from formulary.errors import FormularyError, UsageError
-from formulary.kernels import encoder
+from formulary.kernels import blocks, encoder, int8
 from formulary.lab.small import inputs_for, tiny
 from formulary.papers.inference.deepspeed_inference import DeepSpeedInference
-from formulary.papers.inference.deepspeed_inference.method import keys_seen, says_padding_alone
+from formulary.papers.inference.deepspeed_inference.packing import keys_seen, says_padding_alone
 from formulary.papers.inference.deepspeed_inference.streaming import advise, file_pages
 from formulary.papers.quantization.llm_int8 import LLMInt8
 
@@ -100,6 +100,104 @@ def test_it_composes_with_int8_in_either_order():
             model, _ = second.apply(first.apply(tiny("bert"))[0])
             states.append(model(**batch).last_hidden_state)
     torch.testing.assert_close(*states, atol=1e-4, rtol=1e-4)
+
+
+def int8_pair(kind: str):
+    """A model in int8, and the same with fused blocks; weights wide enough to matter."""
+    model = tiny(kind)
+    with torch.no_grad():
+        for part in parts.linears(model):
+            part.raw.mul_(4)
+    model, _ = LLMInt8().apply(model)
+    return model, DeepSpeedInference().apply(copy.deepcopy(model))[0]
+
+
+def counted(monkeypatch) -> list[str]:
+    """Names of the native kernels as they run."""
+    calls = []
+    for name in ("encode", "decode"):
+        real = getattr(blocks.Native, name)
+        monkeypatch.setattr(blocks.Native, name, lambda *a, _real=real, _name=name: calls.append(_name) or _real(*a))
+    return calls
+
+
+native_only = pytest.mark.skipif(not blocks.available(), reason="no native path on this processor")
+
+
+@native_only
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_int8_blocks_run_in_one_kernel(kind, monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int8_pair(kind)
+    batch = inputs_for(model)
+    with torch.no_grad():
+        seen, wanted = fused(**batch).last_hidden_state, model(**batch).last_hidden_state
+    if kind == "bert":
+        seen, wanted = (states[batch["attention_mask"].bool()] for states in (seen, wanted))
+    assert calls == ["encode"] * len(parts.blocks(model))
+    assert float((seen - wanted).norm() / wanted.norm()) < 0.02
+
+
+@native_only
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_int8_generation_runs_in_one_kernel_a_block_and_token(kind, monkeypatch):
+    monkeypatch.setattr(int8, "level", lambda: 1)  # with attention in float32, so that no near-tie falls the other way
+    calls = counted(monkeypatch)
+    model, fused = int8_pair(kind)
+    ids = inputs_for(model)["input_ids"][:1, 4:]
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        seen, wanted = (m.generate(ids, return_dict_in_generate=True, output_logits=True, **settings) for m in (fused, model))
+        assert calls == ["decode"] * 12 * len(parts.blocks(model))
+        assert torch.equal(seen.sequences, wanted.sequences)
+        torch.testing.assert_close(torch.stack(seen.logits), torch.stack(wanted.logits), atol=0.05, rtol=0.05)
+        uncached = fused.generate(ids, use_cache=False, **settings)
+        assert torch.equal(uncached, wanted.sequences)
+        beams = [m.generate(ids, num_beams=3, **settings) for m in (fused, model)]
+        assert torch.equal(*beams)
+
+
+@native_only
+def test_a_cache_that_somebody_changed_is_believed():
+    _, fused = int8_pair("llama")
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = fused(ids).past_key_values
+        twin = copy.deepcopy(cache)
+        wanted = fused(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        fused(ids[:, 3:6], past_key_values=cache)
+        assert torch.equal(fused(ids[:, :1], past_key_values=twin).logits, wanted), "a copy has memory of its own"
+        cache.crop(-3)
+        assert torch.equal(fused(ids[:, :1], past_key_values=cache).logits, wanted), "tokens taken off are forgotten"
+        swapped = fused(ids.flip(0)).past_key_values
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        torch.testing.assert_close(fused(ids[:, :1], past_key_values=swapped).logits, wanted, atol=0.02, rtol=0.02)
+        first = fused(ids[:, :5]).past_key_values
+        torch.testing.assert_close(fused(ids[:, 5:], past_key_values=first).logits[:, -1], fused(ids).logits[:, -1], atol=0.02, rtol=0.02)
+
+
+@native_only
+def test_what_the_kernel_does_not_cover_runs_as_before(monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int8_pair("bert")
+    batch = {"input_ids": torch.full((2, 5), 7)}
+    with torch.no_grad():
+        fused(**batch)
+        assert len(calls) == len(parts.blocks(model))
+        del calls[:]
+        seen = []
+        handle = fused.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        fused(**batch)
+        handle.remove()
+        assert seen and len(calls) == len(parts.blocks(model)) - 1
+        del calls[:]
+        for one in (fused, model):
+            query = one.encoder.layer[1].attention.self.query
+            query.store(torch.zeros_like(query.weight))
+        torch.testing.assert_close(fused(**batch)[0], model(**batch)[0], atol=0.05, rtol=0.05)
+        assert len(calls) == len(parts.blocks(model)), "written weights are packed again"
+    del calls[:]
+    assert fused(inputs_embeds=torch.randn(1, 4, model.config.hidden_size, requires_grad=True))[0].requires_grad and not calls
 
 
 def test_training_still_works_and_gradients_agree():

@@ -1,1 +1,1 @@
-from .method import Int8Linear, LLMInt8, SharedInput, int8_linear
+from .method import Int8Embedding, Int8Linear, LLMInt8, int8_linear

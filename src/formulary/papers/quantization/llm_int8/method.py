@@ -14,18 +14,16 @@ batch of one token: padding, batching and decoding with a cache change nothing. 
 token are multiplied in float for those tokens alone.
 """
 
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
 from formulary.contracts import Data, Replacement, Report, Transform, parts
 from formulary.contracts.edits import Editor
 from formulary.contracts.transform import check_range
-from formulary.errors import UsageError
+from formulary.errors import FormularyError, UsageError
 from formulary.kernels import int8
 
 
@@ -35,7 +33,9 @@ class LLMInt8(Transform):
     data needed.
 
     threshold: activations of at least this size stay in floating point (6.0 in the paper; 1e30 turns the
-    decomposition off). Expert tensors are left alone. Raises UsageError for a threshold that is not positive.
+    decomposition off). head: the output head too, and the input embedding with it where they share their weight; in
+    decoding one token after the other, reading a head in float takes as long as all blocks in int8. Expert tensors are
+    left alone. Raises UsageError for a threshold that is not positive, FormularyError for a head that is not there.
 
     >>> from formulary.lab import inputs_for, tiny
     >>> model, report = LLMInt8().apply(tiny("bert"))
@@ -44,6 +44,7 @@ class LLMInt8(Transform):
     """
 
     threshold: float = 6.0
+    head: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,18 +55,68 @@ class LLMInt8(Transform):
             if part.experts:
                 report.skipped(part.name, "expert tensors stay in floating point", part.weights)
                 continue
-            report.changed(part.name, part.weights, "int8")
-            sizes = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.bias is not None}
-            new = edit.edit(part.name, Int8Linear, **sizes, threshold=float(self.threshold))
-            new.store(part.weight())
-            if part.bias is not None:
-                new.bias = part.bias
-        for module in {part.name: part for part in [*parts.mixers(model), *parts.feed_forwards(model)]}.values():
-            several = sum(isinstance(child, Int8Linear) for child in module.module.children()) > 1
-            if several and not isinstance(module.module, SharedInput):
-                edit.edit(module.name, SharedInput)
-        if report.changes and not int8.has_onednn():
-            report.note("this machine multiplies integers through floating point: smaller, not faster")
+            self._replace(part, edit, report)
+        if self.head:
+            self._replace_head(model, edit, report)
+        if report.changes and not int8.level():
+            report.note(f"linears run as {int8.path()}")
+
+
+    def _replace(self, part: parts.Linear, edit: Editor, report: Report) -> None:
+        report.changed(part.name, part.weights, "int8")
+        sizes = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.bias is not None}
+        new = edit.edit(part.name, Int8Linear, **sizes, threshold=float(self.threshold))
+        new.store(part.weight())
+        if part.bias is not None:
+            new.bias = part.bias
+
+    def _replace_head(self, model: nn.Module, edit: Editor, report: Report) -> None:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        name = next((name for name, module in model.named_modules() if module is head), None)
+        if not isinstance(head, nn.Linear) or name is None:
+            raise FormularyError(f"llm-int8: this {type(model).__name__} has no output head that is a linear: leave head out")
+        embedding = model.get_input_embeddings()
+        tied = embedding.weight is head.weight
+        self._replace(parts.Linear(name, head, "linear"), edit, report)
+        if tied and type(embedding) is nn.Embedding:
+            name = next(name for name, module in model.named_modules() if module is embedding)
+            rows, width = embedding.weight.shape
+            report.changed(name, embedding.weight.numel(), "int8")
+            edit.edit(name, Int8Embedding, num_embeddings=rows, embedding_dim=width).store(embedding.weight.detach())
+
+
+class Int8Embedding(Replacement):
+    """An embedding of int8 `codes` (V,D) with a `scale` (V,) per row.
+
+    >>> table = Int8Embedding(2, 3)
+    >>> table.store(torch.tensor([[1.0, 0.0, -1.0], [2.0, 2.0, 0.0]]))
+    >>> table(torch.tensor([1])).tolist()
+    [[2.0, 2.0, 0.0]]
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(num_embeddings))
+
+    def store(self, weight: Float[Tensor, "V D"]) -> None:
+        """Round `weight` to int8, each row by its largest absolute value."""
+        _round_rows(weight, self.codes, self.scale)
+
+    @property
+    def weight(self) -> Float[Tensor, "V D"]:
+        """The table that the integers stand for."""
+        return self.codes.to(self.scale.dtype) * self.scale[:, None]
+
+    def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+        return self.codes[ids].to(self.scale.dtype) * self.scale[ids][..., None]
+
+
+def _round_rows(weight: Float[Tensor, "out in"], codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out"]) -> None:
+    weight = weight.float()
+    scale.copy_((weight.abs().amax(1) / 127).clamp(min=torch.finfo(scale.dtype).tiny))
+    codes.copy_((weight / scale.float()[:, None]).round().clamp(-127, 127))
 
 
 class Int8Linear(Replacement):
@@ -90,9 +141,7 @@ class Int8Linear(Replacement):
 
     def store(self, weight: Float[Tensor, "out in"]) -> None:
         """Round `weight` to int8, each row by its largest absolute value."""
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(self.scale.dtype).tiny)
-        self.scale.copy_(scale)
-        self.codes.copy_((weight.float() / self.scale.float()[:, None]).round().clamp(-127, 127))
+        _round_rows(weight, self.codes, self.scale)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -103,6 +152,10 @@ class Int8Linear(Replacement):
     def path(self) -> str:
         """How this processor multiplies, in words."""
         return int8.path()
+
+    def int8(self) -> int8.Linear:
+        """The parts, for a kernel that runs a whole block."""
+        return int8.Linear(self.codes, self.scale, self.bias, self.threshold)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
@@ -124,8 +177,7 @@ def int8_linear(x, codes, scale, bias, threshold):
 
     Opaque to `torch.compile`. Its gradient is that of the dequantized weight; the rounding of x is passed over.
     """
-    out = int8.linear(_SHARED.tokens(x, threshold), codes, scale, bias)
-    return out.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return int8.linear(x, codes, scale, bias, threshold).to(x.dtype)
 
 
 @int8_linear.register_fake
@@ -146,51 +198,3 @@ def _backward(ctx, grad):
 
 
 int8_linear.register_autograd(_backward, setup_context=_save)
-
-
-class _Shared(threading.local):
-    """The integers of the last input, while a module that hands one tensor to several linears is running."""
-
-    active = False
-    last: tuple[Tensor, float, int8.Tokens] | None = None
-
-    def tokens(self, x: Tensor, threshold: float) -> int8.Tokens:
-        if not self.active:
-            return int8.quantize(x, threshold)
-        if self.last is None or self.last[0] is not x or self.last[1] != threshold:
-            self.last = (x, threshold, int8.quantize(x, threshold))
-        return self.last[2]
-
-    @contextmanager
-    def sharing(self):
-        before, self.active, self.last = (self.active, self.last), True, None
-        try:
-            yield
-        finally:
-            self.active, self.last = before
-
-
-_SHARED = _Shared()
-
-
-class SharedInput:
-    """Quantizes once what a module hands to several of its linears (query, key and value; gate and up), by becoming
-    the module's class.
-
-    The integers live no longer than the module's forward pass, in which the tensor is not written to. Results are the
-    same.
-    """
-
-    @classmethod
-    def attach(cls, model: nn.Module, name: str) -> nn.Module:
-        """Swap the class of the module `name`."""
-        module = model.get_submodule(name)
-        title = f"SharedInput{type(module).__name__}"
-        module.__class__ = type(title, (cls, type(module)), {"__module__": cls.__module__})
-        return module
-
-    def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        with _SHARED.sharing():
-            return super().forward(*args, **kwargs)

@@ -1,5 +1,4 @@
-"""What is true of LLM.int8() alone: the decomposition, exact integer sums, independence of padding and neighbors, one
-quantization per input.
+"""What is true of LLM.int8() alone: the decomposition, exact integer sums, independence of padding and neighbors, the head.
 """
 
 import copy
@@ -7,11 +6,12 @@ import copy
 import pytest
 import torch
 
-from formulary.contracts import parts
-from formulary.errors import UsageError
+import formulary
+from formulary.contracts import edits, parts
+from formulary.errors import FormularyError, UsageError
 from formulary.kernels import int8
 from formulary.lab.small import inputs_for, tiny
-from formulary.papers.quantization.llm_int8.method import Int8Linear, LLMInt8, SharedInput
+from formulary.papers.quantization.llm_int8.method import Int8Embedding, Int8Linear, LLMInt8
 
 
 def reference(x, weight, bias, threshold):
@@ -45,7 +45,7 @@ def layer_and_input(tokens=700, features=64, outputs=24, seed=0):
 def test_equals_the_equation(threshold, fast, monkeypatch):
     if not fast:
         monkeypatch.setattr(int8, "has_onednn", lambda: False)
-        monkeypatch.setattr(int8, "_native", lambda values: None)
+        monkeypatch.setattr(int8, "level", lambda: 0)
     layer, weight, x = layer_and_input()
     layer.threshold = threshold
     seen, expected = layer(x), reference(x, weight, layer.bias.detach(), threshold)
@@ -106,25 +106,6 @@ def test_gradient_is_that_of_the_dequantized_weight():
     torch.testing.assert_close(layer.bias.grad, upstream.sum(0))
 
 
-def test_query_key_and_value_share_one_quantization_and_give_the_same(monkeypatch):
-    plain, _ = LLMInt8().apply(tiny("bert"))
-    for module in plain.modules():
-        if isinstance(module, SharedInput):
-            module.__class__ = type(module).__mro__[2]
-    shared, _ = LLMInt8().apply(tiny("bert"))
-    counted = []
-    real = int8.quantize
-    monkeypatch.setattr(int8, "quantize", lambda x, threshold: counted.append(x.shape) or real(x, threshold))
-    outputs = []
-    for model in (plain, shared):
-        with torch.inference_mode():
-            outputs.append(model(**inputs_for(model)).last_hidden_state)
-        counted.append("end")
-    first = counted.index("end")
-    assert torch.equal(*outputs)
-    assert first == 12 and len(counted) - first - 2 == 8
-
-
 def test_memory_of_the_weights_is_a_quarter():
     model = tiny("gpt2")
     weights = sum(part.weights for part in parts.linears(model))
@@ -143,3 +124,32 @@ def test_expert_tensors_are_skipped_and_said():
 def test_a_threshold_out_of_range_is_refused_in_one_line(threshold):
     with pytest.raises(UsageError, match="threshold"):
         LLMInt8(threshold=threshold)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_a_tied_head_and_its_embedding_come_back_from_disk(kind, tmp_path):
+    model = tiny(kind)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    small, report = LLMInt8(head=True).apply(copy.deepcopy(model))
+    table, head = small.get_input_embeddings(), small.get_output_embeddings()
+    assert isinstance(table, Int8Embedding) and isinstance(head, Int8Linear) and torch.equal(table.codes, head.codes)
+    error = (table.weight - model.get_input_embeddings().weight).abs().amax(1)
+    assert (error <= table.scale / 2 + 1e-7).all()
+    small.save_pretrained(tmp_path, variant="formulary")
+    batch = inputs_for(model)
+    with torch.no_grad():
+        assert torch.equal(formulary.load(tmp_path)(**batch).logits, small(**batch).logits)
+    assert model.config.tie_word_embeddings and not small.config.tie_word_embeddings
+
+
+def test_a_failure_after_the_head_leaves_the_model_tied():
+    model = tiny("gpt2")
+    with pytest.raises(RuntimeError, match="stop"), edits.editing(model, "llm-int8") as edit:
+        edit.edit("lm_head", Int8Linear, in_features=model.config.hidden_size, out_features=model.config.vocab_size)
+        raise RuntimeError("stop")
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_head_that_is_not_there_is_refused():
+    with pytest.raises(FormularyError, match="no output head"):
+        LLMInt8(head=True).apply(tiny("bert"))

@@ -1,0 +1,230 @@
+"""A whole Transformer block with int8 linears, in C++ compiled at first use: what passes between its parts stays in the cache.
+
+    post-norm: m = norm1(x + out(attention(x))),  y = norm2(m + down(act(up(m))))
+    pre-norm:  m = x + out(attention(norm1(x))),  y = m + down(act(up(norm2(m))))
+
+Linears are those of `kernels.int8`; attention runs on AMX tiles in bfloat16 with float32 sums, elsewhere in float32. The
+plain twin is the same block in PyTorch.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from formulary.kernels import encoder, int8
+from formulary.kernels.int8 import Linear
+from formulary.kernels.native import library
+
+ACTIVATIONS = {
+    "GELUActivation": (0, nn.functional.gelu),
+    "GELU": (0, nn.functional.gelu),
+    "NewGELUActivation": (1, lambda x: nn.functional.gelu(x, approximate="tanh")),
+    "GELUTanh": (1, lambda x: nn.functional.gelu(x, approximate="tanh")),
+    "SiLUActivation": (2, nn.functional.silu),
+    "SiLU": (2, nn.functional.silu),
+    "ReLU": (3, nn.functional.relu),
+    "QuickGELUActivation": (4, lambda x: x * torch.sigmoid(1.702 * x)),
+}
+
+
+class Norm(NamedTuple):
+    """A LayerNorm, or without a shift an RMSNorm."""
+
+    weight: Tensor
+    shift: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.shift is None:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.shift, self.eps)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block computes: `activation` is a class name of ACTIVATIONS; queries have `heads` heads of `width`, keys and
+    values `groups`.
+    """
+
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    up: Linear
+    gate: Linear | None
+    down: Linear
+    norm1: Norm
+    norm2: Norm
+    activation: str
+    norm_first: bool
+    heads: int
+    groups: int
+    width: int
+    scale: float
+
+
+def plain_encode(block: Block, x: Float[Tensor, "T D"], starts: Int[Tensor, "n"]) -> Float[Tensor, "T D"]:
+    """The block over sequences that stand one after the other; sequence s holds the tokens starts[s] to starts[s + 1]."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = (part.unflatten(-1, (-1, block.width)) for part in (query, key, value))
+        return encoder.plain_attention(*heads, starts, scale=block.scale).flatten(1)
+
+    return _plain_block(block, x, attend)
+
+
+def plain_decode(block: Block, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
+    """The twin of `Native.decode`."""
+    length = x.shape[1]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (part.unflatten(-1, (-1, block.width)).transpose(1, 2) for part in (query, key, value))
+        query, key = (part * cosine[:, None] + _half_turned(part) * sine[:, None] for part in (query, key))
+        keys[:, :, past : past + length], values[:, :, past : past + length] = key, value
+        seen = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+        out = nn.functional.scaled_dot_product_attention(
+            query, keys[:, :, : past + length], values[:, :, : past + length], attn_mask=seen, scale=block.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    return _plain_block(block, x, attend)
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return torch.cat([-right, left], -1)
+
+
+def _plain_block(block: Block, x: Tensor, attend: Callable) -> Tensor:
+    b = block
+    seen = b.norm1(x) if b.norm_first else x
+    attended = attend(*(_plain(linear, seen) for linear in (b.query, b.key, b.value)))
+    middle = x + _plain(b.out, attended)
+    middle = middle if b.norm_first else b.norm1(middle)
+    seen = b.norm2(middle) if b.norm_first else middle
+    act = ACTIVATIONS[b.activation][1]
+    inner = _plain(b.up, seen)
+    inner = act(inner) if b.gate is None else act(_plain(b.gate, seen)) * inner
+    out = middle + _plain(b.down, inner)
+    return out if b.norm_first else b.norm2(out)
+
+
+def _plain(linear: Linear, x: Tensor) -> Tensor:
+    return int8.plain_linear(x, *linear)
+
+
+# ---------------------------------------------------------------- native
+
+
+class _Struct(ctypes.Structure):
+    """`Block` of blocks.cpp."""
+
+    _fields_ = [
+        *[(name, int8.Struct) for name in ("joint", "out", "up", "down")],
+        *[(name, ctypes.c_void_p) for name in ("weight1", "shift1", "weight2", "shift2")],
+        *[(name, ctypes.c_float) for name in ("eps1", "eps2", "scale")],
+        *[(name, ctypes.c_int32) for name in ("norm_first", "activation", "gated")],
+        *[(name, ctypes.c_int64) for name in ("heads", "groups", "width")],
+    ]
+
+
+class Native:
+    """A block as the C++ reads it, its weights packed."""
+
+    def __init__(self, block: Block):
+        b = block
+        up = b.up if b.gate is None else _in_turns(b.gate, b.up)
+        self.weights = [_packed(_joined(b.query, b.key, b.value)), _packed(b.out), _packed(up), _packed(b.down)]
+        self.norms = [None if x is None else x.detach().float().contiguous()
+                      for norm in (b.norm1, b.norm2) for x in (norm.weight, norm.shift)]  # fmt: skip
+        self.groups, self.width = b.groups, b.width
+        self.struct = _Struct(
+            *(weights.struct for weights in self.weights), *(None if x is None else x.data_ptr() for x in self.norms),
+            b.norm1.eps, b.norm2.eps, b.scale, b.norm_first, ACTIVATIONS[b.activation][0], b.gate is not None,
+            b.heads, b.groups, b.width,
+        )  # fmt: skip
+
+    def encode(self, x: Float[Tensor, "T D"], starts: Int[Tensor, "n"]) -> Float[Tensor, "T D"]:
+        """As `plain_encode`, float32."""
+        x, starts = x.contiguous(), starts.to(torch.int64).contiguous()
+        out = torch.empty_like(x)
+        at = ctypes.byref(self.struct)
+        _library().encode(at, x.data_ptr(), starts.data_ptr(), len(starts) - 1, int8.level(), out.data_ptr())
+        return out
+
+    def decode(
+        self,
+        x: Float[Tensor, "B L D"],
+        cosine: Float[Tensor, "#B L K"],
+        sine: Float[Tensor, "#B L K"],
+        keys: Float[Tensor, "B G room K"],
+        values: Float[Tensor, "B G room K"],
+        past: int,
+    ) -> Float[Tensor, "B L D"]:
+        """The causal block over L tokens that follow `past` others, whose rotated keys and values `keys` and `values` hold;
+        those of the L tokens are written behind them. As `plain_decode`.
+        """
+        batch, length, _ = x.shape
+        room = keys.shape[2]
+        if not (keys.is_contiguous() and values.is_contiguous() and past + length <= room):
+            raise ValueError(f"{past} + {length} tokens need contiguous keys and values with room for them, got {tuple(keys.shape)}")
+        x, cosine, sine = x.contiguous(), _spread(cosine, batch), _spread(sine, batch)
+        out = torch.empty_like(x)
+        _library().decode(
+            ctypes.byref(self.struct), x.data_ptr(), batch, length, cosine.data_ptr(), sine.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), room, past, int8.level(), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+def _spread(x: Tensor, batch: int) -> Tensor:
+    return (x if len(x) == batch else x.expand(batch, -1, -1)).contiguous()
+
+
+def available() -> bool:
+    """Whether blocks run natively here."""
+    return int8.level() > 0 and _library() is not None
+
+
+def _packed(linear: Linear) -> int8.Weights:
+    return int8.Weights(*linear)
+
+
+def _joined(*linears: Linear) -> Linear:
+    """Linears of one input as one, their outputs one after the other."""
+    biases = [x.scale.new_zeros(len(x.scale)) if x.bias is None else x.bias for x in linears]
+    return Linear(
+        torch.cat([x.codes for x in linears]), torch.cat([x.scale for x in linears]), torch.cat(biases), linears[0].threshold
+    )
+
+
+def _in_turns(gate: Linear, up: Linear) -> Linear:
+    """16 outputs of the gate, 16 of the other, and so on, padded with zeros."""
+    both = _joined(gate, up)
+    half, inputs = up.codes.shape
+    rows = -(-half // 16) * 16
+
+    def turns(x: Tensor) -> Tensor:
+        whole = x.new_zeros(2, rows, *x.shape[1:])
+        whole[:, :half] = x.unflatten(0, (2, half))
+        return whole.unflatten(1, (rows // 16, 16)).transpose(0, 1).flatten(0, 2)
+
+    return Linear(turns(both.codes), turns(both.scale), turns(both.bias), up.threshold)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, its functions typed."""
+    made = library("blocks")
+    if made is not None and int8.level():
+        memory, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        made.encode.argtypes, made.encode.restype = [memory, memory, memory, size, number, memory], None
+        made.decode.argtypes = [memory, memory, size, size, *[memory] * 4, size, size, number, memory]
+        made.decode.restype = None
+    return made
