@@ -5,8 +5,9 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+LLAMA ?= -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
-.PHONY: demo test install clean
+.PHONY: demo test bench install clean
 
 install: $(STAMP)
 
@@ -26,6 +27,14 @@ demo: $(STAMP)
 # Leave `-n` to WORKERS; one thread each, so that results do not depend on the number of cores.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# Ours beside the peers that run on a CPU, in the same rounds; tables and plots go to docs/benchmarks. llama.cpp is built without
+# AMX, on which its products crash.
+bench: $(STAMP)
+	CMAKE_ARGS="$(LLAMA)" $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[bench]"
+	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/encoder.py
+	$(BIN)/python benchmarks/decoder.py
 
 clean:
 	rm -rf $(VENV) demo build dist

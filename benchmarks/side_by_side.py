@@ -1,0 +1,109 @@
+"""Arms timed against each other, each in a process of its own and one at a time, on one thread.
+
+An arm is a function without arguments that loads what it needs and returns `(work, facts)`: `work()` is one measured call, and
+`facts` is a dict of numbers about its results. Every round runs all arms once, in random order; what counts is the median over
+rounds of the ratio of CPU times within a round, with an exact interval. CPU time covers all threads of an arm's process.
+"""
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from formulary.evidence._interval import median_interval
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+ONE = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+ONE["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def serve(arm: Callable) -> None:
+    """The arm's own process: one line of facts, then CPU and wall seconds for every line read."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    work, facts = arm()
+    work()
+    print(json.dumps(facts), file=channel, flush=True)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        print(json.dumps([time.process_time() - cpu, time.perf_counter() - wall]), file=channel, flush=True)
+
+
+def measure(script: str, arms: list[str], rounds: int) -> dict[str, dict]:
+    """name -> {"facts", "cpu": seconds per round} for the arms that start here; the others are named with their error."""
+    running, found = {}, {}
+    for name in arms:
+        process = subprocess.Popen(
+            [sys.executable, script, "--arm", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, **ONE},
+        )  # fmt: skip
+        line = process.stdout.readline()
+        if not line:
+            last = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
+            print(f"{name}: not here ({last[:160]})", file=sys.stderr)
+            continue
+        running[name], found[name] = process, {"facts": json.loads(line), "cpu": []}
+        print(f"{name}: ready {json.loads(line)}", file=sys.stderr)
+    order = random.Random(0)
+    for number in range(rounds):
+        for name in order.sample(list(running), len(running)):
+            running[name].stdin.write("go\n")
+            running[name].stdin.flush()
+            found[name]["cpu"].append(json.loads(running[name].stdout.readline())[0])
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    for process in running.values():
+        process.stdin.close()
+        process.wait()
+    return found
+
+
+def ratio(found: dict, faster: str, slower: str) -> tuple[float, float, float]:
+    """How many times as fast as `slower` `faster` is: median over rounds and its 95 % interval."""
+    return median_interval(np.array(found[slower]["cpu"]) / np.array(found[faster]["cpu"]))
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} logical cores, one thread"
+
+
+def table(found: dict, ours: str, items: int, unit: str, facts: dict[str, str]) -> str:
+    """Markdown, fastest first: items per second, how many times as fast `ours` is, and the chosen facts."""
+    rows = [f"| | {unit}/s | {ours} is | " + " | ".join(facts.values()) + " |", "|---" * (3 + len(facts)) + "|"]
+    for name, one in sorted(found.items(), key=lambda pair: float(np.median(pair[1]["cpu"]))):
+        middle, low, high = ratio(found, ours, name)
+        times = "" if name == ours else f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+        shown = " | ".join("" if one["facts"].get(key) is None else f"{one['facts'][key]:.4g}" for key in facts)
+        label = f"**{name}**" if name == ours else name
+        rows.append(f"| {label} | {items / float(np.median(one['cpu'])):.4g} | {times} | {shown} |")
+    return "\n".join(rows)
+
+
+def plot(found: dict, ours: str, items: int, unit: str, path: Path) -> None:
+    """Items per second of every arm, one dot a round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted(found, key=lambda name: float(np.median(found[name]["cpu"])), reverse=True)
+    figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2))
+    for row, name in enumerate(names):
+        speeds = items / np.array(found[name]["cpu"])
+        color = "tab:orange" if name == ours else "tab:blue"
+        axes.barh(row, float(np.median(speeds)), color=color, alpha=0.5)
+        axes.plot(speeds, np.full(len(speeds), row), "o", color=color, markersize=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(f"{unit} per second of CPU time, one thread; a dot is a round")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
