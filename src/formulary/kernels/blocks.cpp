@@ -206,7 +206,6 @@ static void attend_tiles(View query, int64_t queries, int64_t many, View key, Vi
                 }
                 inverse[r] = 1.0f / _mm512_reduce_add_ps(sum);
             }
-            for (int64_t r = count; r < 16; ++r) std::memset(shares + r * keys, 0, 2 * used);
             for (int64_t d = 0; d < deep; d += 32) {
                 const uint16_t* columns = packed_values + d / 16 * (keys / 32) * 512;
                 _tile_zero(2);

@@ -18,7 +18,7 @@ fused or streamed.
 
 >>> from formulary.lab.small import inputs_for, tiny
 >>> model, report = DeepSpeedInference().apply(tiny("bert"))
->>> report.headline
+>>> report.headline.partition(";")[0]
 'deepspeed-inference on 3 modules, 27 % of the weights'
 """
 
@@ -29,7 +29,7 @@ from torch import nn
 from formulary.contracts import Data, Report, Transform, layouts, parts
 from formulary.contracts.edits import Editor
 from formulary.errors import FormularyError, UsageError
-from formulary.kernels import encoder
+from formulary.kernels import blocks, encoder, int8
 
 from .fused import FusedAttention, FusedBlock
 from .packing import Unpadded
@@ -60,7 +60,7 @@ class DeepSpeedInference(Transform):
             self._stream(model, edit, report)
 
     def _fuse(self, model: nn.Module, edit: Editor, report: Report) -> None:
-        fused = 0
+        fused = whole = 0
         for part in parts.mixers(model, self.targets, self.ignore):
             try:
                 edit.edit(part.name, FusedAttention)
@@ -71,6 +71,7 @@ class DeepSpeedInference(Transform):
             report.changed(part.name, parts.count_weights(part.module), "attention in one kernel")
             if layouts.find(part.block.module) is not None:
                 edit.edit(part.block.name, FusedBlock)
+                whole += 1
         if parts.kind(model) == "encoder" and fused:
             for stack in dict.fromkeys(block.stack.rpartition(".")[0] for block in parts.blocks(model)):
                 if stack and Unpadded.fits(model.get_submodule(stack)):
@@ -78,13 +79,15 @@ class DeepSpeedInference(Transform):
                     report.changed(stack, 0, "padding left out")
                 else:
                     report.note(f"padding stays in {stack or type(model).__name__}: its forward takes no mask")
+        if whole and blocks.available():
+            report.note(f"{whole} blocks run in one kernel each once their linears are int8 ({int8.path()})")
         if encoder.path() != "C++":
             report.note(f"attention runs in {encoder.path()}: only padding is saved")
 
     def _stream(self, model: nn.Module, edit: Editor, report: Report) -> None:
-        blocks = parts.blocks(model)
+        every = parts.blocks(model)
         chosen = {block.name for block in parts.blocks(model, self.targets, self.ignore)}
-        for here, following in zip(blocks, [*blocks[1:], blocks[0]]):
+        for here, following in zip(every, [*every[1:], every[0]]):
             if here.name not in chosen:
                 continue
             if not here.has_seam:
