@@ -78,13 +78,14 @@ def machine() -> str:
 
 def table(found: dict, ours: str, items: int, unit: str, facts: dict[str, str]) -> str:
     """Markdown, fastest first: items per second, how many times as fast `ours` is, and the chosen facts."""
-    rows = [f"| | {unit}/s | {ours} is | " + " | ".join(facts.values()) + " |", "|---" * (3 + len(facts)) + "|"]
+    line = lambda *cells: "| " + " | ".join(cells) + " |"
+    rows = [line("", f"{unit}/s", f"{ours} is", *facts.values()), "|---" * (3 + len(facts)) + "|"]
     for name, one in sorted(found.items(), key=lambda pair: float(np.median(pair[1]["cpu"]))):
         middle, low, high = ratio(found, ours, name)
         times = "" if name == ours else f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
-        shown = " | ".join("" if one["facts"].get(key) is None else f"{one['facts'][key]:.4g}" for key in facts)
+        shown = ["" if one["facts"].get(key) is None else f"{one['facts'][key]:.4g}" for key in facts]
         label = f"**{name}**" if name == ours else name
-        rows.append(f"| {label} | {items / float(np.median(one['cpu'])):.4g} | {times} | {shown} |")
+        rows.append(line(label, f"{items / float(np.median(one['cpu'])):.4g}", times, *shown))
     return "\n".join(rows)
 
 
