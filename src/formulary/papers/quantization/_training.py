@@ -246,12 +246,8 @@ def relative_error(ours: Float[Tensor, "N D"], theirs: Float[Tensor, "N D"]) -> 
     return (ours - theirs).square().sum() / theirs.square().sum().clamp(min=1e-12)
 
 
-def agreement(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
-    """KL(teacher || model) of the logits, in nats per token, plus the mean over blocks of the relative error of their
-    outputs.
-
-    A model without logits has the relative error of its last hidden states in their place. Padding counts nowhere.
-    """
+def block_errors(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Any, Any]:
+    """(the relative error of each block's output, padding left out; the model's output; the teacher's)."""
     with block_outputs(teacher) as wanted, torch.no_grad():
         theirs = teacher(**batch)
     with block_outputs(model) as made:
@@ -259,7 +255,17 @@ def agreement(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) ->
     errors = []
     for (name, a), (_, b) in zip(made, wanted, strict=True):
         real = real_positions(model, batch, "decoder" in name.split("."))
-        errors.append(relative_error(kept(a, real), kept(b, real)))
+        errors.append(relative_error(kept(a, real).float(), kept(b, real).float()))
+    return errors, ours, theirs
+
+
+def agreement(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
+    """KL(teacher || model) of the logits, in nats per token, plus the mean over blocks of the relative error of their
+    outputs.
+
+    A model without logits has the relative error of its last hidden states in their place. Padding counts nowhere.
+    """
+    errors, ours, theirs = block_errors(model, teacher, batch)
     loss, real = torch.stack(errors).mean(), real_positions(model, batch, True)
     if "logits" in ours:
         a, b = kept(ours["logits"], real).log_softmax(-1), kept(theirs["logits"], real).log_softmax(-1)

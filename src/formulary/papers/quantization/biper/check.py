@@ -3,7 +3,7 @@ with a straight-through gradient, and what the frequency does to accuracy and to
 
 STE passes gradients within 1, for weights and inputs; Bi-Real has BiPer's inputs and STE's weights. All have learned
 scales a row, the same start, batches and number of steps (two thirds of BiPer's without the sign); learning rates are
-chosen from the same grid by `tune()` on other images and seeds.
+chosen by the family's `tune(CHOSEN, RATES, trained)` on other images and seeds.
 """
 
 from functools import partial
@@ -74,13 +74,6 @@ def arm(name: str, seed: int) -> Outcome:
     if name.startswith("biper"):
         values[ERROR] = [quantization_error(layer.latent, layer.frequency) for layer in net.binary]
     return Outcome(values, budget={"training steps": STEPS, "tuning trials": len(RATES)})
-
-
-def tune(seeds=(1000, 1001, 1002)) -> dict[str, dict[float, float]]:
-    """For each arm, the mean accuracy of each learning rate on training images that were held out."""
-    one = lambda name, lr, seed: float(right(trained(name, lr, seed, "fit"), "validate").mean())
-    score = lambda name, lr: sum(one(name, lr, seed) for seed in seeds) / len(seeds)
-    return {name: {lr: score(name, lr) for lr in RATES} for name in CHOSEN}
 
 
 check = Check(

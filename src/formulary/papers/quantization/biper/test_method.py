@@ -21,11 +21,6 @@ from formulary.papers.quantization.biper.method import (
 )
 
 
-def data_for(model, n=8):
-    batch = inputs_for(model, batch=n)
-    return Data([{key: value[i] for key, value in batch.items()} for i in range(n)], batch_size=4)
-
-
 def test_the_square_wave_has_the_gradient_of_the_sine():
     w = torch.linspace(-0.5, 0.5, 101, dtype=torch.float64).requires_grad_()
     out = square_wave(20 * w)
@@ -93,23 +88,15 @@ def test_the_second_stage_is_the_least_squares_sign_of_the_first():
     assert torch.equal(layer(x), before) and layer.alpha is None and layer.latent is None
 
 
-def test_training_brings_it_closer_to_the_teacher_in_two_stages():
-    model = tiny("bert")
-    with torch.no_grad():
-        for part in parts.linears(model):
-            part.raw.mul_(4)
-    data = data_for(model)
-    batch, errors = data.collate(data.items), []
-    for steps in (1, 45):
-        trained, report = BiPer(steps=steps, learning_rate=3e-3).apply(copy.deepcopy(model), data)
-        with torch.no_grad():
-            errors.append(float(agreement(trained, model, batch)))
-    assert errors[1] < 0.8 * errors[0]
+def test_training_brings_it_closer_to_the_teacher_in_two_stages(distance_to_teacher):
+    before, _, _ = distance_to_teacher(BiPer(steps=1, learning_rate=3e-3))
+    after, trained, report = distance_to_teacher(BiPer(steps=45, learning_rate=3e-3))
+    assert after < 0.8 * before
     assert report.figures["steps with the sine, with its sign"] == [30, 15]
     assert all(len(m.weight.abs().unique()) <= m.out_features for m in trained.modules() if isinstance(m, BiPerLinear))
 
 
-def test_the_penalty_pulls_phases_to_multiples_of_pi():
+def test_the_penalty_pulls_phases_to_multiples_of_pi(data_for):
     model = tiny("bert")
     found = [
         BiPer(steps=20, penalty=penalty, learning_rate=3e-3).apply(copy.deepcopy(model), data_for(model))[1]

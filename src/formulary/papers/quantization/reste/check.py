@@ -2,8 +2,8 @@
 how far is each from the sign, and how uneven are its gradients?
 
 STE passes the gradient where |x| <= 1. EDE (IR-Net, arXiv:1909.10788) is a tanh that becomes steeper in training. All
-have the same forward pass, start, batches and steps; learning rates are chosen from the same grid by `tune()` on
-other images and seeds.
+have the same forward pass, start, batches and steps; learning rates are chosen by `tune(CHOSEN, RATES, trained)`
+of the family on other images and seeds.
 """
 
 from functools import partial
@@ -85,13 +85,6 @@ def arm(name: str, seed: int) -> Outcome:
     if name.startswith("reste"):
         values[ERROR] = [layer.error() for layer in net.binary]
     return Outcome(values, budget={"training steps": STEPS, "tuning trials": len(RATES)})
-
-
-def tune(seeds=(1000, 1001, 1002)) -> dict[str, dict[float, float]]:
-    """For each arm, the mean accuracy of each learning rate on training images that were held out."""
-    one = lambda name, lr, seed: float(right(trained(name, lr, seed, "fit"), "validate").mean())
-    score = lambda name, lr: sum(one(name, lr, seed) for seed in seeds) / len(seeds)
-    return {name: {lr: score(name, lr) for lr in RATES} for name in CHOSEN}
 
 
 check = Check(

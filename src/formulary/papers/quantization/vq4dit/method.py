@@ -18,8 +18,6 @@ cosine; a layer with fewer than 4 sub-vectors a codeword is left alone.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +32,7 @@ from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
 
 from .._parts import pack, unpack
+from .._training import block_errors
 from .clustering import k_means, nearest
 
 
@@ -248,41 +247,7 @@ def _check_sizes(codewords: int, dim: int) -> None:
 
 def block_error(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, ""]:
     """Sum over blocks of the squared error of the block's output relative to the teacher's, padding left out."""
-    with _outputs(teacher) as wanted, torch.no_grad():
-        teacher(**batch)
-    with _outputs(model) as ours:
-        model(**batch)
-    error = torch.zeros((), device=next(model.parameters()).device)
-    for (name, a), (_, b) in zip(ours, wanted, strict=True):
-        real = _real(model, batch, name)
-        keep = real if real is not None and real.shape == a.shape[:2] else torch.ones(a.shape[:2]).bool()
-        a, b = a[keep.to(a.device)].float(), b[keep.to(b.device)].float()
-        error = error + (a - b).square().sum() / b.square().sum().clamp(min=1e-12)
-    return error
-
-
-@contextmanager
-def _outputs(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """(block, hidden states) in the order of the calls made within the context."""
-    seen: list[tuple[str, Tensor]] = []
-    take = lambda name: lambda module, args, out: seen.append((name, out[0] if isinstance(out, tuple) else out))
-    handles = [block.module.register_forward_hook(take(block.name)) for block in parts.blocks(model)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _real(model: nn.Module, batch: dict[str, Tensor], block: str) -> Tensor | None:
-    """(B,L) True at real tokens of the stack that the block is in, where the batch says so."""
-    encodes = not getattr(model.config, "is_encoder_decoder", False) or "decoder" not in block.split(".")
-    if encodes:
-        mask = batch.get("attention_mask")
-    else:
-        mask = batch.get("decoder_attention_mask")
-        mask = batch["labels"] != -100 if mask is None and "labels" in batch else mask
-    return None if mask is None else mask.bool()
+    return torch.stack(block_errors(model, teacher, batch)[0]).sum()
 
 
 def random_inputs(model: nn.Module, count: int, length: int = 64) -> Data:
