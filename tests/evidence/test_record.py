@@ -110,6 +110,22 @@ def test_a_record_of_another_check_is_stale(room):
     assert validation(room).reasons == ("method.py changed since the record",)
 
 
+def test_a_record_minds_the_shared_parts_that_its_room_imports(room):
+    (room / "method.py").write_text("from .._parts import one\n")
+    parts, other = room.parent / "_parts.py", room.parent / "_other.py"
+    parts.write_text("from . import _deeper\n")
+    (room.parent / "_deeper.py").write_text("")
+    run_check(CHECK, slug="made-up", room=room, record=True)
+    other.write_text("unrelated = 1\n")
+    assert validation(room).reasons == ()
+    (room.parent / "_deeper.py").write_text("two = 2\n")
+    assert validation(room).reasons == ("_deeper.py changed since the record",)
+    parts.write_text("")
+    assert validation(room).reasons == ("_parts.py changed since the record",)
+    parts.unlink()
+    assert validation(room).reasons == ("_parts.py changed since the record",)
+
+
 def test_a_missing_or_broken_record_says_so(room):
     assert validation(room).status == "missing"
     (room / "record.json").write_text("{")

@@ -331,7 +331,10 @@ def validate_record(slug: str, *, check: Check | None = None, room: Path | None 
     if stale:
         return Validation("stale", tuple(stale))
     sources = source_hashes(room)
+    unused = {name for name in set(record["sources"]) - set(sources) if (room.parent / name).exists()}  # by the room
     changed = sorted(
-        name for name in set(sources) | set(record["sources"]) if sources.get(name) != record["sources"].get(name)
+        name
+        for name in (set(sources) | set(record["sources"])) - unused
+        if sources.get(name) != record["sources"].get(name)
     )
     return Validation("valid", tuple(f"{name} changed since the record" for name in changed))

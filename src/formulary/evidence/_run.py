@@ -5,6 +5,7 @@ Notable: every arm of a seed starts from the same random state, so that arms are
 matter; an arm that changes the shared context is an error, since what a later arm sees would depend on it.
 """
 
+import ast
 import hashlib
 import importlib
 import json
@@ -78,19 +79,48 @@ def load_check(slug: str) -> Check:
 
 
 def source_hashes(room: Path) -> dict[str, str]:
-    """SHA-256 of what a record comes from: the room's modules, its family's shared parts, and the card's claim."""
+    """SHA-256 of what a record comes from: the room's modules, the shared parts of its family that these import, and
+    the card's claim.
+    """
     hashes = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(room.glob("*.py"))
         if not path.name.startswith("test_") and path.name not in ("__init__.py", "conftest.py")
     }
-    shared = [path for path in sorted(room.parent.glob("_*.py")) if path.name != "__init__.py"]
-    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shared}
+    hashes |= {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _shared_parts(room, list(hashes))}
     if (room / "card.toml").exists():
         import tomllib
 
         hashes["card claim"] = sha256(tomllib.loads((room / "card.toml").read_text(encoding="utf8")).get("claim", ""))
     return hashes
+
+
+def _shared_parts(room: Path, modules: list[str]) -> list[Path]:
+    """The family's `_*.py` that modules of the room import, directly or through one another."""
+    every = {path.stem: path for path in room.parent.glob("_*.py") if path.name != "__init__.py"}
+    found: set[str] = set()
+    waiting = [room / name for name in modules]
+    while waiting:
+        path = waiting.pop()
+        prefixes = ("." if path.parent == room.parent else "..", f"formulary.papers.{room.parent.name}.")
+        for name in _imported(path):
+            stem = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), "").partition(".")[0]
+            if stem in every and stem not in found:
+                found.add(stem)
+                waiting.append(every[stem])
+    return [every[stem] for stem in sorted(found)]
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Dotted names of what a module imports; relative ones begin with their dots."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level + (node.module or "")
+            yield start
+            dot = "" if not node.module else "."
+            yield from (f"{start}{dot}{alias.name}" for alias in node.names)
 
 
 def versions() -> dict[str, str]:
