@@ -13,7 +13,7 @@ from formulary.errors import FormularyError, UsageError
 from formulary.lab import small
 from formulary.papers.pruning.fusegpt import FuseGPT
 from formulary.papers.pruning.fusegpt._fusion import fold, graft, linears_of, values
-from formulary.papers.pruning.fusegpt._stack import macro_influence, only_stack, remove, run, see
+from formulary.papers.pruning.fusegpt._stack import macro_influence, only_stack, see
 from formulary.papers.pruning.fusegpt.method import LOSSES, distil, neighborhood
 
 SIZES = {

@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
-from formulary.contracts import Data, parts
 from formulary.errors import UsageError
-from formulary.lab.small import inputs_for, tiny
-from formulary.papers.quantization._training import agreement, signs
+from formulary.lab.small import tiny
+from formulary.papers.quantization._training import signs
 from formulary.papers.quantization.biper.method import (
     BiPer,
     BiPerLinear,

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-from formulary.contracts import Data, parts
 from formulary.errors import UsageError
-from formulary.lab.small import inputs_for, tiny
-from formulary.papers.quantization._training import Inputs, agreement, signs
+from formulary.lab.small import tiny
+from formulary.papers.quantization._training import Inputs, signs
 from formulary.papers.quantization.reste.method import (
     ReSTE,
     ReSTELinear,

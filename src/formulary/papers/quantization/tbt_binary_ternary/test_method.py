@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from formulary.contracts import Data, parts
+from formulary.contracts import parts
 from formulary.errors import UsageError
 from formulary.lab.small import inputs_for, tiny
 from formulary.papers.quantization._training import agreement, in_float32, observe_inputs
