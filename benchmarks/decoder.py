@@ -6,8 +6,6 @@ Ours is `deepspeed-inference+llm-int8` with the head in int8, through transforme
 Q4_1 file and the same requantized to Q8_0, by its C interface. The limit is one read of the int8 weights from memory a token.
 """
 
-import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -109,33 +107,19 @@ ARMS = {
     "PyTorch bf16": lambda task: transformers_arm(task, lambda model: model.bfloat16()),
     "llama.cpp Q8_0": lambda task: llama_arm(task, "Q8_0"),
     "llama.cpp Q4_1": lambda task: llama_arm(task, "Q4_1"),
+    LIMIT: read_arm,
+}
+
+
+SECTIONS = {
+    "decode": side_by_side.Section(f"Decode: {NEW} tokens, greedy, after 16", NEW, "tokens"),
+    "prefill": side_by_side.Section(f"Prefill: {PROMPT} tokens at once", PROMPT, "tokens", without=(LIMIT,)),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arm")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="*", metavar="ARM", help="these arms alone; nothing is written to docs/benchmarks")
-    options = parser.parse_args()
-    if options.arm:
-        task, _, name = options.arm.partition(": ")
-        return side_by_side.serve(lambda: {**ARMS, LIMIT: read_arm}[name](task))
-    side_by_side.DOCS.mkdir(parents=True, exist_ok=True)
-    text = ["# Decoder: SmolLM2-135M, batch 1", "", f"`python benchmarks/decoder.py` on {side_by_side.machine()}.", ""]
-    for task, items, title in (("decode", NEW, f"{NEW} tokens, greedy, after 16"), ("prefill", PROMPT, f"{PROMPT} tokens at once")):
-        names = options.only or [*ARMS, *([LIMIT] if task == "decode" else [])]
-        found = side_by_side.measure(__file__, [f"{task}: {name}" for name in names], options.rounds)
-        found = {name.partition(": ")[2]: one for name, one in found.items()}
-        shown = side_by_side.table(found, OURS, items, "tokens", {})
-        if options.only:
-            print(shown, flush=True)
-            continue
-        side_by_side.plot(found, OURS, items, "tokens", side_by_side.DOCS / f"decoder-{task}.png")
-        text += [f"## {task.capitalize()}: {title}", "", shown, "", f"![](decoder-{task}.png)", ""]
-        (side_by_side.DOCS / "decoder.md").write_text("\n".join(text))
-        print(shown, flush=True)
+    side_by_side.run(__file__, __doc__, ARMS, OURS, SECTIONS, facts={}, rounds=9)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,8 +7,6 @@
 from ids to mean-pooled embeddings. NNCF calibrates on 128 other passages.
 """
 
-import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -164,29 +162,16 @@ ARMS = {
 }
 
 
+SECTIONS = {
+    "padded": side_by_side.Section("Padded to 128 tokens", 64, "sentences"),
+    "mixed": side_by_side.Section("Natural, mixed length, padded to the longest", 64, "sentences"),
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arm")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", nargs="*", metavar="ARM", help="these arms alone; nothing is written to docs/benchmarks")
-    options = parser.parse_args()
-    if options.arm:
-        lengths, _, name = options.arm.partition(": ")
-        return side_by_side.serve(lambda: ARMS[name](lengths == "mixed"))
-    side_by_side.DOCS.mkdir(parents=True, exist_ok=True)
-    text = ["# Encoder: MiniLM-L6, 64 texts", "", f"`python benchmarks/encoder.py` on {side_by_side.machine()}.", ""]
-    for lengths, title in (("padded", "Padded to 128 tokens"), ("mixed", "Natural, mixed length, padded to the longest")):
-        found = side_by_side.measure(__file__, [f"{lengths}: {name}" for name in options.only or ARMS], options.rounds)
-        found = {name.partition(": ")[2]: one for name, one in found.items()}
-        if options.only:
-            print(side_by_side.table(found, OURS, 64, "sentences", {"cosine": "cosine to fp32"}), flush=True)
-            continue
-        side_by_side.plot(found, OURS, 64, "sentences", side_by_side.DOCS / f"encoder-{lengths}.png")
-        shown = side_by_side.table(found, OURS, 64, "sentences", {"cosine": "cosine to fp32"})
-        text += [f"## {title}", "", shown, "", f"![](encoder-{lengths}.png)", ""]
-        (side_by_side.DOCS / "encoder.md").write_text("\n".join(text))
-        print(shown, flush=True)
+    arms = {name: lambda lengths, arm=arm: arm(lengths == "mixed") for name, arm in ARMS.items()}
+    side_by_side.run(__file__, __doc__, arms, OURS, SECTIONS, facts={"cosine": "cosine to fp32"}, rounds=15)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,6 +5,7 @@ An arm is a function without arguments that loads what it needs and returns `(wo
 rounds of the ratio of CPU times within a round, with an exact interval. CPU time covers all threads of an arm's process.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +110,43 @@ def plot(found: dict, ours: str, items: int, unit: str, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A setting in which all arms but those in `without` are measured; `items` is how many one call works on."""
+
+    title: str
+    items: int
+    unit: str
+    without: tuple[str, ...] = ()
+
+
+def run(
+    script: str, doc: str, arms: dict[str, Callable], ours: str, sections: dict[str, Section], *, facts: dict[str, str], rounds: int
+) -> None:
+    """The command line of a benchmark: an arm's own process with `--arm SECTION: NAME`, else all of them, a table and a
+    plot for each section; `arms` take the section's name.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--only", nargs="*", metavar="ARM", help="these arms alone; nothing is written to docs/benchmarks")
+    options = parser.parse_args()
+    if options.arm:
+        section, _, name = options.arm.partition(": ")
+        return serve(lambda: arms[name](section))
+    DOCS.mkdir(parents=True, exist_ok=True)
+    page = Path(script).stem
+    text = [f"# {page.capitalize()}: {doc.splitlines()[0]}", "", f"`python benchmarks/{page}.py` on {machine()}.", ""]
+    for name, section in sections.items():
+        chosen = options.only or [arm for arm in arms if arm not in section.without]
+        found = measure(script, [f"{name}: {arm}" for arm in chosen], options.rounds)
+        found = {arm.partition(": ")[2]: one for arm, one in found.items()}
+        shown = table(found, ours, section.items, section.unit, facts)
+        print(shown, flush=True)
+        if options.only:
+            continue
+        plot(found, ours, section.items, section.unit, DOCS / f"{page}-{name}.png")
+        text += [f"## {section.title}", "", shown, "", f"![]({page}-{name}.png)", ""]
+        (DOCS / f"{page}.md").write_text("\n".join(text))
