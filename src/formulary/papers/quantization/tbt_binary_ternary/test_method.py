@@ -21,6 +21,7 @@ from formulary.papers.quantization.tbt_binary_ternary.activations import (
     per_row,
 )
 from formulary.papers.quantization.tbt_binary_ternary.method import TBT, TBTEmbedding, TBTLinear, low_bit_rows
+from formulary.papers.quantization.tbt_binary_ternary.plain import MinMax, PlainLinear
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -207,3 +208,15 @@ def test_a_tied_table_stays_and_is_named(data_for):
 def test_parameters_out_of_range_are_refused_in_one_line(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         TBT(**wrong)
+
+
+def test_the_plain_baseline_is_twns_and_min_max():
+    w = torch.randn(4, 33)
+    layer = PlainLinear(33, 4, bits=2, activation_bits=2)
+    levels, scale = layer.low_bit(w)
+    for row, level, a in zip(w, levels, scale):
+        beyond = [abs(float(v)) for v in row if abs(float(v)) > 0.7 * float(row.abs().mean())]
+        assert float(a) == pytest.approx(sum(beyond) / len(beyond), rel=1e-5)
+        assert [int(v) for v in level] == [0 if abs(float(v)) not in beyond else (1 if v > 0 else -1) for v in row]
+    x = torch.tensor([-1.0, -0.4, 0.3, 2.0])
+    torch.testing.assert_close(MinMax(2, False)(x, 4), torch.tensor([-1.0, 0.0, 0.0, 2.0]))
