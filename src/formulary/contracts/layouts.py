@@ -48,7 +48,7 @@ def find(block: nn.Module) -> Layout | None:
 
 def _bert(block) -> Layout | None:
     inner = block.attention.self
-    if block.is_decoder or block.chunk_size_feed_forward or inner.is_causal:
+    if block.chunk_size_feed_forward or inner.is_causal:
         return None
     return Layout(
         inner.query, inner.key, inner.value, block.attention.output.dense, block.intermediate.dense, None, block.output.dense,
