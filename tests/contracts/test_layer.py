@@ -234,7 +234,7 @@ def test_chunked_prefill_goes_on_from_the_state():
     ids = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        pieces = [model(piece, past_key_values=cache).logits for piece in (ids[:, :5], ids[:, 5:6], ids[:, 6:])]
+        pieces = [model(piece, cache=cache).logits for piece in (ids[:, :5], ids[:, 5:6], ids[:, 6:])]
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, atol=1e-5, rtol=1e-4)
     assert cache.get_seq_length() == 11
 
@@ -257,7 +257,7 @@ def test_a_cache_of_fixed_size_is_refused():
     model, _ = swapped("llama")
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(FormularyError, match="default dynamic cache"):
-        model(torch.tensor([[3, 4, 5]]), past_key_values=cache)
+        model(torch.tensor([[3, 4, 5]]), cache=cache)
 
 
 def test_padding_is_read_from_every_kind_of_mask():

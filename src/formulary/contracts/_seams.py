@@ -43,13 +43,13 @@ def _add(hidden: Tensor, branch: Tensor | None) -> Tensor:
 
 
 # Llama, Qwen2, Mixtral: pre-norm, RMSNorm
-def _llama_attend(block, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+def _llama_attend(block, hidden_states, attention_mask=None, position_ids=None, cache=None, use_cache=False,
                 position_embeddings=None, **kwargs):
     attended, _ = block.self_attn(
         hidden_states=block.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
+        cache=cache,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
         **kwargs,
@@ -58,13 +58,13 @@ def _llama_attend(block, hidden_states, attention_mask=None, position_ids=None, 
 
 
 def _mixtral_attend(block, hidden_states, position_embeddings=None, attention_mask=None, position_ids=None,
-                    past_key_values=None, **kwargs):
+                    cache=None, **kwargs):
     attended, _ = block.self_attn(
         hidden_states=block.input_layernorm(hidden_states),
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=past_key_values,
+        cache=cache,
         **kwargs,
     )
     return hidden_states + attended, None
@@ -74,11 +74,11 @@ def _llama_feed_forward(block, hidden, branch):
     return _add(hidden + block.mlp(block.post_attention_layernorm(hidden)), branch)
 
 
-def _gpt2_attend(block, hidden_states, past_key_values=None, attention_mask=None, encoder_hidden_states=None,
+def _gpt2_attend(block, hidden_states, cache=None, attention_mask=None, encoder_hidden_states=None,
                  encoder_attention_mask=None, use_cache=False, **kwargs):
     attended, _ = block.attn(
         block.ln_1(hidden_states),
-        past_key_values=past_key_values,
+        cache=cache,
         attention_mask=attention_mask,
         use_cache=use_cache,
         **kwargs,
@@ -87,7 +87,7 @@ def _gpt2_attend(block, hidden_states, past_key_values=None, attention_mask=None
     if encoder_hidden_states is not None:
         crossed, _ = block.crossattention(
             block.ln_cross_attn(hidden),
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
@@ -104,12 +104,12 @@ def _dropout(block, hidden):
     return nn.functional.dropout(hidden, p=block.dropout, training=block.training)
 
 
-def _opt_attend(block, hidden_states, attention_mask=None, past_key_values=None, use_cache=False, position_ids=None,
+def _opt_attend(block, hidden_states, attention_mask=None, cache=None, use_cache=False, position_ids=None,
                 **kwargs):
     normed = block.self_attn_layer_norm(hidden_states) if block.do_layer_norm_before else hidden_states
     attended, _ = block.self_attn(
         hidden_states=normed,
-        past_key_values=past_key_values,
+        cache=cache,
         position_ids=position_ids,
         attention_mask=attention_mask,
         **kwargs,
@@ -127,11 +127,11 @@ def _opt_feed_forward(block, hidden, branch):
 
 
 def _bert_attend(block, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
-                 past_key_values=None, **kwargs):
-    hidden, _ = block.attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+                 cache=None, **kwargs):
+    hidden, _ = block.attention(hidden_states, attention_mask, cache=cache, **kwargs)
     if block.is_decoder and encoder_hidden_states is not None:
         hidden, _ = block.crossattention(
-            hidden, None, encoder_hidden_states, encoder_attention_mask, past_key_values=past_key_values, **kwargs
+            hidden, None, encoder_hidden_states, encoder_attention_mask, cache=cache, **kwargs
         )
     return hidden, None
 
@@ -179,12 +179,12 @@ def _clamp_half(hidden: Tensor) -> Tensor:
 
 
 def _t5_attend(block, hidden_states, attention_mask=None, position_bias=None, encoder_hidden_states=None,
-               encoder_attention_mask=None, encoder_decoder_position_bias=None, past_key_values=None, **kwargs):
+               encoder_attention_mask=None, encoder_decoder_position_bias=None, cache=None, **kwargs):
     hidden, self_bias, _ = block.layer[0](
         hidden_states,
         attention_mask=attention_mask,
         position_bias=position_bias,
-        past_key_values=past_key_values,
+        cache=cache,
         **kwargs,
     )
     hidden, cross_bias = _clamp_half(hidden), None
@@ -194,7 +194,7 @@ def _t5_attend(block, hidden_states, attention_mask=None, position_bias=None, en
             key_value_states=encoder_hidden_states,
             attention_mask=encoder_attention_mask,
             position_bias=encoder_decoder_position_bias,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden = _clamp_half(hidden)
@@ -215,16 +215,16 @@ def _bart_encoder_attend(block, hidden_states, attention_mask=None, **kwargs):
 
 
 def _bart_decoder_attend(block, hidden_states, attention_mask=None, encoder_hidden_states=None,
-                         encoder_attention_mask=None, past_key_values=None, use_cache=True, **kwargs):
+                         encoder_attention_mask=None, cache=None, use_cache=True, **kwargs):
     hidden = _bart_self(
-        block, hidden_states, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        block, hidden_states, cache=cache, attention_mask=attention_mask, **kwargs
     )
     if encoder_hidden_states is not None:
         crossed, _ = block.encoder_attn(
             hidden,
             key_value_states=encoder_hidden_states,
             attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden = block.encoder_attn_layer_norm(hidden + _dropout(block, crossed))

@@ -6,6 +6,7 @@ never has one) go to PyTorch's own `scaled_dot_product_attention`, and so does t
 `Attention` is never equal to it (`equals_sdpa = False`).
 """
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -140,7 +141,7 @@ def _dispatches(model: nn.Module, module: nn.Module) -> bool:
     """Whether the module's code looks its attention function up in transformers' registry."""
     can = getattr(model, "_can_set_attn_implementation", None)
     forwards = (vars(cls)["forward"] for cls in type(module).__mro__ if "forward" in vars(cls))
-    asks = any("ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__globals__", ()) for forward in forwards)
+    asks = any("ALL_ATTENTION_FUNCTIONS" in getattr(inspect.unwrap(forward), "__globals__", ()) for forward in forwards)
     return can is not None and can() and hasattr(module, "is_causal") and asks
 
 

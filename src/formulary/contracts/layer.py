@@ -178,7 +178,7 @@ class Slot(nn.Module):
             return self.layer(hidden_states)
         mask = kwargs.get("mask", attention_mask)
         mask = mask if isinstance(mask, Tensor) and mask.ndim in (2, 4) else None
-        out = self._mix(hidden_states, _padding(mask, hidden_states.shape[1]), self._state_in(kwargs.get("past_key_values")))
+        out = self._mix(hidden_states, _padding(mask, hidden_states.shape[1]), self._state_in(kwargs.get("cache")))
         return (out, kwargs.get("position_bias"), None) if self.returns == "t5" else (out, None)
 
     def _mix(self, x: Tensor, mask: Tensor | None, kept: RecurrentState | None) -> Tensor:

@@ -109,13 +109,13 @@ def _decoder_step(model: nn.Module, batch: dict[str, Tensor]):
 
     prompt = batch["input_ids"][:1, :64]
     cache = DynamicCache(config=model.config)
-    out = model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    out = model(input_ids=prompt, cache=cache, use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
 
     def decode():
         mine, last = copy.deepcopy(cache), token
         for _ in range(DECODED):
-            last = model(input_ids=last, past_key_values=mine, use_cache=True).logits[:, -1:].argmax(-1)
+            last = model(input_ids=last, cache=mine, use_cache=True).logits[:, -1:].argmax(-1)
 
     return decode
 

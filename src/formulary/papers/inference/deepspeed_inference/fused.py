@@ -79,7 +79,7 @@ class FusedBlock:
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def _encode(self, native: blocks.Native, hidden: Float[Tensor, "B L D"], **kwargs) -> Float[Tensor, "B L D"] | None:
-        if any(isinstance(x, Tensor) for x in kwargs.values()) or kwargs.get("past_key_values") is not None:
+        if any(isinstance(x, Tensor) for x in kwargs.values()) or kwargs.get("cache") is not None:
             return None
         batch, length, width = hidden.shape
         starts = _starts(batch, length, hidden.device)
@@ -91,7 +91,7 @@ class FusedBlock:
         native: blocks.Native,
         hidden: Float[Tensor, "B L D"],
         *,
-        past_key_values=None,
+        cache=None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> Float[Tensor, "B L D"] | None:
@@ -99,14 +99,14 @@ class FusedBlock:
             return None
         batch, length, _ = hidden.shape
         index = self.self_attn.layer_idx
-        if past_key_values is None:
+        if cache is None:
             keys, values = (hidden.new_empty(batch, native.groups, length, native.width) for _ in range(2))
             return native.decode(hidden, *position_embeddings, keys, values, 0)
-        room = caching.room(past_key_values, index, (batch, native.groups, length, native.width))
+        room = caching.room(cache, index, (batch, native.groups, length, native.width))
         if room is None:
             return None
         out = native.decode(hidden, *position_embeddings, room.keys, room.values, room.past)
-        room.show(past_key_values.layers[index], length)
+        room.show(cache.layers[index], length)
         return out
 
     def _plain_call(self, hidden: Tensor, mask: Tensor | None) -> bool:

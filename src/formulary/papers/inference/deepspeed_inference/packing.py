@@ -59,7 +59,7 @@ class Unpadded:
         names = ("output_hidden_states", "output_attentions")
         asked = any(kwargs.get(name, getattr(config, name, False)) for name in names)
         along = any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
-        cached = kwargs.get("past_key_values") is not None
+        cached = kwargs.get("cache") is not None
         return self.training or torch.compiler.is_compiling() or asked or along or cached
 
 

@@ -162,19 +162,19 @@ def test_a_cache_that_somebody_changed_is_believed():
     _, fused = int8_pair("llama")
     ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        cache = fused(ids).past_key_values
+        cache = fused(ids).cache
         twin = copy.deepcopy(cache)
-        wanted = fused(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        wanted = fused(ids[:, :1], cache=copy.deepcopy(cache)).logits
         for token in range(3, 6):
-            fused(ids[:, token : token + 1], past_key_values=cache)
-        assert torch.equal(fused(ids[:, :1], past_key_values=twin).logits, wanted), "a copy has memory of its own"
+            fused(ids[:, token : token + 1], cache=cache)
+        assert torch.equal(fused(ids[:, :1], cache=twin).logits, wanted), "a copy has memory of its own"
         cache.crop(-3)
-        assert torch.equal(fused(ids[:, :1], past_key_values=cache).logits, wanted), "tokens taken off are forgotten"
-        swapped = fused(ids.flip(0)).past_key_values
+        assert torch.equal(fused(ids[:, :1], cache=cache).logits, wanted), "tokens taken off are forgotten"
+        swapped = fused(ids.flip(0)).cache
         swapped.reorder_cache(torch.tensor([1, 0]))
-        torch.testing.assert_close(fused(ids[:, :1], past_key_values=swapped).logits, wanted, atol=0.02, rtol=0.02)
-        first = fused(ids[:, :5]).past_key_values
-        torch.testing.assert_close(fused(ids[:, 5:], past_key_values=first).logits[:, -1], fused(ids).logits[:, -1], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(fused(ids[:, :1], cache=swapped).logits, wanted, atol=0.02, rtol=0.02)
+        first = fused(ids[:, :5]).cache
+        torch.testing.assert_close(fused(ids[:, 5:], cache=first).logits[:, -1], fused(ids).logits[:, -1], atol=0.02, rtol=0.02)
 
 
 @native_only

@@ -218,11 +218,11 @@ def greedy(
 
     `watch(attention, tokens)` receives, at each step, what the last position attends to, and the tokens then emitted.
     """
-    cache = model.base_model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    cache = model.base_model(input_ids=ids[:, :-1], use_cache=True).cache
     token, said = ids[:, -1:], []
     with _watching(model) if watch else nullcontext() as weights:
         for step in range(max_new_tokens):
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = model(input_ids=token, cache=cache, use_cache=True)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             said.append(token)
             if watch:
