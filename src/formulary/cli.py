@@ -62,13 +62,16 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from an interrupted run")
     parser.add_argument("--seeds", type=int, metavar="N", help="explore with another number of seeds; never recorded")
     parser.add_argument("--out", metavar="PLOT", help="the picture; for several checks, a directory of them")
+    parser.add_argument("--no-plot", action="store_true", help="draw no picture")
+    parser.add_argument("--workers", type=int, metavar="N", help="how many of several checks run at once (as many as there are cores)")
 
 
 def check(args: argparse.Namespace) -> int:
     """Run the experiment behind a paper's claim: every seed, an interval, a verdict, a plot."""
     from formulary.evidence.command import check_command
 
-    options = {name: getattr(args, name) for name in ("family", "record", "fresh", "seeds", "out")}
+    options = {name: getattr(args, name) for name in ("family", "record", "fresh", "seeds", "out", "workers")}
+    options["plot"] = not args.no_plot
     return check_command(args.slug, everything=args.all, as_json=args.json, **options)
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from formulary.errors import FormularyError, UsageError
 from formulary.evidence import Check, Outcome, all_of, at_most, draw, exact, no_worse, run_check, speedup
+from formulary.evidence import command as module
 from formulary.evidence._run import checked_slugs, find_room
 from formulary.evidence.command import _plots, check_command, report
 
@@ -80,13 +83,57 @@ def test_several_checks_go_on_past_one_that_is_refused(capsys):
     def run(slug, **options):
         if slug == slugs[0]:
             raise FormularyError("not today")
-        return made
+        return {**made, "slug": slug}
 
     assert check_command(everything=True, run=run) == 1
     out = capsys.readouterr()
     assert f"{slugs[0]}: error: not today" in out.err
     assert "error: not today" in out.out
     assert out.out.count("planted null:") == len(slugs) - 1
+
+
+def test_several_checks_run_in_processes_of_their_own_and_timed_ones_alone(tmp_path, monkeypatch, capsys):
+    made, log = run_check(CHECK, slug="made-up"), tmp_path / "log"
+    slugs = ["one", "two", "timed", "broken"]
+    body = f"""
+import json, pathlib, sys, time
+slug, log = sys.argv[2], pathlib.Path({str(log)!r})
+with log.open("a") as file: file.write(f"start {{slug}}\\n")
+time.sleep(0.3)
+with log.open("a") as file: file.write(f"end {{slug}}\\n")
+if slug == "broken": sys.exit(3)
+print(json.dumps({{**json.loads({json.dumps(json.dumps(made))}), "slug": slug}}))
+"""
+    monkeypatch.setattr(module, "PROGRAM", (sys.executable, "-c", body, "check"))
+    monkeypatch.setattr(module, "_is_timed", lambda slug: slug == "timed")
+    monkeypatch.setattr("formulary.evidence._run.checked_slugs", lambda family=None: slugs)
+    assert check_command(everything=True, workers=2) == 1
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()[-5:]]
+    assert [row[0] for row in rows[:4]] == slugs and rows[0][1:4] == ["holds", "here", "0"]
+    assert "exit code 3" in " ".join(rows[3]) and rows[4][:2] == ["4", "checks"]
+    lines = log.read_text().splitlines()
+    assert lines[:2] in (["start one", "start two"], ["start two", "start one"]), "two at once"
+    assert lines[-2:] == ["start timed", "end timed"], "alone, after the others"
+
+
+def test_ctrl_c_stops_every_process_of_several(tmp_path, monkeypatch):
+    body = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); print(1, flush=True); time.sleep(60)"
+    processes = module._Processes()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(processes.output, [sys.executable, "-c", body]) for _ in range(2)]
+        while len(processes.running) < 2:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        processes.stop()
+        assert [future.result()[1] != 0 for future in futures] == [True, True]
+    assert processes.output([sys.executable, "-c", "print(1)"])[0] == "", "nothing starts afterwards"
+
+
+@pytest.mark.parametrize("options", [{"slug": "gptq", "workers": 2}, {"everything": True, "workers": 0}])
+def test_workers_belong_to_several_checks(options):
+    with pytest.raises(UsageError, match="--workers"):
+        check_command(**options)
 
 
 def test_several_checks_draw_into_a_directory(tmp_path):

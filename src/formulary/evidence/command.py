@@ -1,10 +1,17 @@
-"""`formulary check`: runs checks and prints what they saw."""
+"""`formulary check`: runs checks and prints what they saw.
+
+Several checks run in processes of their own, as many at once as there are cores; those that measure time run alone, after the
+others. What a check sees does not depend on it: each runs on one thread from its own seeds.
+"""
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill, indent
@@ -13,6 +20,7 @@ import numpy as np
 
 from formulary.errors import FormularyError, UsageError
 
+PROGRAM = (sys.executable, "-m", "formulary.cli", "check")
 _PLOT_ENDINGS = (".png", ".svg", ".pdf")
 
 
@@ -26,14 +34,18 @@ def check_command(
     fresh: bool = False,
     seeds: int | None = None,
     out: str | Path | None = None,
+    plot: bool = True,
+    workers: int | None = None,
     run: Callable | None = None,
 ) -> int:
     """Run the check of one paper, of a family or of all, print the reports (or JSON), draw; gives the exit code.
 
     `out` is the picture for one check and a directory for several; without it one check draws
-    `formulary-check-SLUG.png` here and several draw nothing. `seeds` explores with another number than declared. `run`
-    runs a slug's check, `run_check` if not given. One check that is refused does not stop the others. UsageError for
-    contradictory options; a KeyboardInterrupt keeps what was finished and passes through.
+    `formulary-check-SLUG.png` here and several draw nothing; with `plot` False nothing is drawn. `seeds` explores with
+    another number than declared.
+    `workers` is how many of several checks run at once, if not given one for every core that has 2 GB of memory free.
+    `run` runs a slug's check here, one after the other, instead. One check that is refused does not stop the others.
+    UsageError for contradictory options; a KeyboardInterrupt keeps what was finished and passes through.
     """
     from formulary.evidence._run import checked_slugs, run_check
 
@@ -42,27 +54,126 @@ def check_command(
         raise UsageError("name one paper, or a --family, or --all")
     if record and seeds is not None:
         raise UsageError("--seeds explores and --record records the declared number of seeds; use one of the two")
+    if workers is not None and (not several or workers < 1):
+        raise UsageError("--workers says how many of several checks run at once: 1 or more, with --all or --family")
     slugs = checked_slugs(family) if several else [slug]
-    plots = _plots(slugs, several, Path(out) if out else None)
-    done, code = [], 0
-    for name in slugs:
-        try:
-            done.append(
-                _one(
-                    run or run_check, name, record=record, quiet=as_json, fresh=fresh, seeds=seeds, plot=plots.get(name)
-                )
-            )
-        except FormularyError as error:
-            if not several:
-                raise
-            code = 1
-            done.append({"slug": name, "error": str(error)})
-            print(f"{name}: error: {error}", file=sys.stderr)
+    if out is not None and not plot:
+        raise UsageError("--out names a picture and --no-plot draws none; use one of the two")
+    plots = _plots(slugs, several, Path(out) if out else None) if plot else {}
+    options = {"record": record, "fresh": fresh, "seeds": seeds}
+    if not several:
+        made = _one(run or run_check, slug, quiet=as_json, plot=plots.get(slug), **options)
+        if as_json:
+            print(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False))
+        return 0
+    start, done, seconds = time.monotonic(), {}, {}
+    ran = _here(run, slugs, options) if run else _apart(slugs, workers or _affordable_workers(), options)
+    for name, made, took in ran:
+        done[name], seconds[name] = made, took
+        if "error" in made:
+            print(f"{name}: error: {made['error']}", file=sys.stderr)
+        else:
+            _tell(made, record=record, quiet=as_json, plot=plots.get(name))
+    made = [done[name] for name in slugs]
     if as_json:
-        print(json.dumps(done if several else done[0], indent=1, ensure_ascii=False, allow_nan=False))
-    elif several:
-        print(summary(done))
-    return code
+        print(json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print(summary(made, seconds, time.monotonic() - start))
+    return int(any("error" in one for one in made))
+
+
+Ran = tuple[str, dict, float]
+"""A slug, its record or {"slug", "error"}, and how many seconds it took."""
+
+
+def _here(run: Callable, slugs: Iterable[str], options: Mapping) -> Iterator[Ran]:
+    """Every check in this process, one after the other."""
+    for slug in slugs:
+        start = time.monotonic()
+        try:
+            made = _one(run, slug, tell=False, **options)
+        except FormularyError as error:
+            made = {"slug": slug, "error": str(error)}
+        yield slug, made, time.monotonic() - start
+
+
+def _apart(slugs: Iterable[str], workers: int, options: Mapping) -> Iterator[Ran]:
+    """Every check in a process of its own, `workers` at once, then those that measure time one after the other."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    timed, processes = {slug for slug in slugs if _is_timed(slug)}, _Processes()
+    for names, at_once in (([s for s in slugs if s not in timed], workers), (sorted(timed), 1)):
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for future in as_completed([pool.submit(_in_a_process, name, options, processes) for name in names]):
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                processes.stop()
+                raise
+
+
+class _Processes:
+    """Processes that are stopped together, as by Ctrl-C."""
+
+    def __init__(self):
+        self.lock, self.running, self.stopped = threading.Lock(), set(), False
+
+    def output(self, program: list[str]) -> tuple[str, int]:
+        """What the program printed on standard output, and its exit code."""
+        with self.lock:
+            if self.stopped:
+                return "", -signal.SIGINT
+            process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+            self.running.add(process)
+        text, _ = process.communicate()
+        with self.lock:
+            self.running.discard(process)
+        return text, process.returncode
+
+    def stop(self) -> None:
+        """Interrupt all that run; none starts afterwards."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.send_signal(signal.SIGINT)
+
+
+def _is_timed(slug: str) -> bool:
+    """Whether a check measures time. One that cannot be read is refused later, where its error is shown."""
+    from formulary.evidence._run import load_check
+
+    try:
+        check = load_check(slug)
+    except Exception:
+        return False
+    return any(one.timed for one in (check, check.smaller) if one is not None)
+
+
+def _in_a_process(slug: str, options: Mapping, processes: _Processes) -> Ran:
+    """One check by `formulary check SLUG --json`; its progress goes to standard error as it comes."""
+    arguments = [f"--{name}" for name in ("record", "fresh") if options[name]]
+    arguments += ["--seeds", str(options["seeds"])] if options["seeds"] is not None else []
+    start = time.monotonic()
+    text, code = processes.output([*PROGRAM, slug, "--json", "--no-plot", *arguments])
+    try:
+        made = json.loads(text)
+    except json.JSONDecodeError:
+        made = {"error": f"its process ended with exit code {code} and no record"}
+    if "error" in made:
+        made = {"slug": slug, "error": made["error"]}
+    return slug, made, time.monotonic() - start
+
+
+def _affordable_workers() -> int:
+    """One for every core that this process may use, as long as each has 2 GB of free memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return cores
+    return max(1, min(cores, free // 2_000_000_000))
 
 
 def _plots(slugs: list[str], several: bool, out: Path | None) -> dict[str, Path]:
@@ -83,8 +194,9 @@ def _plots(slugs: list[str], several: bool, out: Path | None) -> dict[str, Path]
 
 
 def _one(
-    run: Callable, slug: str, *, record: bool, quiet: bool, fresh: bool, seeds: int | None, plot: Path | None
-) -> dict:
+    run: Callable, slug: str, *, record: bool, fresh: bool, seeds: int | None, quiet: bool = False, plot: Path | None = None,
+    tell: bool = True,
+) -> dict:  # fmt: skip
     with _shown_progress(slug) as progress:
         try:
             made = run(slug, record=record, resume=not fresh, seeds=seeds, progress=progress)
@@ -93,6 +205,13 @@ def _one(
         except KeyboardInterrupt:
             print(f"{slug}: what was finished is kept; the same command goes on from there", file=sys.stderr)
             raise
+    if tell:
+        _tell(made, record=record, quiet=quiet, plot=plot)
+    return made
+
+
+def _tell(made: dict, *, record: bool, quiet: bool, plot: Path | None) -> None:
+    """Draw the picture and print the report."""
     drawn = None
     if plot is not None and (made.get("arms") or made.get("smaller")):
         from formulary.evidence._plot import draw
@@ -103,7 +222,6 @@ def _one(
         if drawn:
             print(f"  plot: {drawn}")
         print("  recorded in the paper's room\n" if record else "")
-    return made
 
 
 @contextmanager
@@ -215,10 +333,11 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def summary(records: list[dict]) -> str:
-    """One line for each of several checks."""
+def summary(records: list[dict], seconds: Mapping[str, float], total: float) -> str:
+    """One line for each of several checks, with how long it took, and how long all took together."""
+    if not records:
+        return "No paper there has a check yet."
     rows = [[r["slug"], f"error: {r['error']}" if "error" in r else r["verdict"]] for r in records]
-    width = max([len(row[0]) for row in rows], default=0)
-    return (
-        "\n".join(f"{slug.ljust(width)}  {said}" for slug, said in rows) if rows else "No paper there has a check yet."
-    )
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    lines = [f"{slug:<{widths[0]}}  {said:<{widths[1]}}  {seconds[slug]:5.0f} s" for slug, said in rows]
+    return "\n".join([*lines, f"{len(rows)} checks in {total / 60:.0f} min {total % 60:02.0f} s"])
