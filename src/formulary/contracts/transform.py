@@ -8,7 +8,7 @@ from torch import nn
 
 from formulary.contracts import parts
 from formulary.contracts.data import Data
-from formulary.contracts.edits import Editor, editing
+from formulary.contracts.edits import Editor, editing, edits_of
 from formulary.contracts.report import Report
 from formulary.errors import FormularyError, UsageError, nearest
 
@@ -71,13 +71,22 @@ class Transform:
             refuse_nan(model)
             changed = self.run(model, data, edit, report)
             if not report.changes:
-                why = f": {report.skips[0].note}" if report.skips else ""
-                raise FormularyError(f"{self.slug} found nothing to change in this {type(model).__name__}{why}")
+                raise FormularyError(f"{self.slug} found nothing to change in this {type(model).__name__}{why_nothing(model, report)}")
         return (model if changed is None else changed), report
 
     def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> nn.Module | None:
         """The method itself."""
         raise NotImplementedError
+
+
+def why_nothing(model: nn.Module, report: Report) -> str:
+    """Why a method found nothing to change: what it skipped, or what methods before it replaced; empty when neither."""
+    if report.skips:
+        return f": {report.skips[0].note}"
+    before = list(dict.fromkeys(entry["cls"].partition(":")[0] for entry in edits_of(model)))
+    if not before:
+        return ""
+    return f", whose parts {' and '.join(before)} has already replaced: give the methods in another order, or one of them alone"
 
 
 def refuse_nan(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from formulary.contracts import parts
 from formulary.contracts.data import Data
 from formulary.contracts.edits import editing
 from formulary.contracts.report import Report
-from formulary.contracts.transform import build, refuse_nan
+from formulary.contracts.transform import build, refuse_nan, why_nothing
 from formulary.errors import FormularyError, UsageError, nearest
 from formulary.workshop import methods
 
@@ -166,8 +166,7 @@ def _apply_layer(one: Plan, model: nn.Module, data: Data | None) -> tuple[nn.Mod
         torch.manual_seed(data.seed)
         slots = one.cls.swap(model, edit, report, targets=one.targets, ignore=one.ignore, **settings)
         if not report.changes:
-            why = f": {report.skips[0].note}" if report.skips else ""
-            raise FormularyError(f"{one.slug} found nothing to replace in this {type(model).__name__}{why}")
+            raise FormularyError(f"{one.slug} found nothing to replace in this {type(model).__name__}{why_nothing(model, report)}")
         _distil(model, teacher, slots, data, one.training, report)
     return model, report
 
