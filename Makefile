@@ -35,6 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/decoder.py
+	$(BIN)/python benchmarks/pareto.py
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -113,6 +113,17 @@ def test_compare_measures_side_by_side_and_lists_refusals(source, text, tmp_path
     assert json.loads((tmp_path / "report" / "comparison.json").read_text())["refused"]
 
 
+def test_training_free_means_every_method_of_the_kind_that_does_not_train(source, text, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("formulary.workshop.using.open_session", lambda model, options, plans: asked.update(plans=plans) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        formulary.compare("llm-int8+deepspeed-inference", model=source, training_free=True, data=text)
+    slugs = {plan.slug for plan in asked["plans"]}
+    assert {"gptq", "llm-int8", "greenformers-lrt", "xattention", "optin"} <= slugs
+    assert not {"minilm", "matformer", "gtp-vit", "gla", "vit-sam"} & slugs, "these train, or change another kind of model"
+    assert "gtp-vit" in methods.training_free("vision")
+
+
 def test_ties_share_a_rank():
     from formulary.evidence.timing import Timing
     from formulary.workshop.comparing import _ranks

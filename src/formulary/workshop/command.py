@@ -51,8 +51,9 @@ def use(args: argparse.Namespace) -> None:
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("methods", nargs="+", help="methods, each one or several joined by +")
+    parser.add_argument("methods", nargs="*", help="methods, each one or several joined by +")
     parser.add_argument("--model", required=True, help="a directory, a hub id, or lab:NAME")
+    parser.add_argument("--training-free", action="store_true", help="every method that changes such a model without training")
     _shared_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where to write the HTML report, the Pareto plot and the JSON; must not exist")
 
@@ -62,7 +63,9 @@ def compare(args: argparse.Namespace) -> None:
     from formulary.workshop.comparing import compare as run
 
     progress = None if args.json else lambda text: print(f"{text} ...", file=sys.stderr, flush=True)
-    found = run(*args.methods, model=args.model, out=args.out, progress=progress, **_shared(args))
+    found = run(
+        *args.methods, model=args.model, training_free=args.training_free, out=args.out, progress=progress, **_shared(args)
+    )
     _print(found, args.json)
 
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from formulary.contracts import parts
 from formulary.errors import FormularyError, UsageError
-from formulary.workshop import applying, measuring, saving, tables, using
+from formulary.workshop import applying, measuring, models, saving, tables, using
 from formulary.workshop.measuring import Row
+from formulary.workshop.methods import training_free as training_free_methods
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Comparison:
 def compare(
     *methods: str,
     model: Any,
+    training_free: bool = False,
     data: Any = None,
     settings: dict[str, Any] | None = None,
     targets: tuple[str, ...] = (),
@@ -74,10 +79,14 @@ def compare(
 ) -> Comparison:
     """Apply each method to its own copy of the model and measure all side by side with `unchanged` and `bf16`.
 
-    `settings` are `{"gptq.bits": 3}` for one method, `{"bits": 3}` for all that have it. `out` is a directory for the HTML
-    report, the plot and the JSON. Raises UsageError for an unknown method or setting; a method that refuses the model is
+    `training_free` adds every method of the catalogue that changes a model of this kind without training. `settings` are
+    `{"gptq.bits": 3}` for one method, `{"bits": 3}` for all that have it. `out` is a directory for the HTML report, the plot
+    and the JSON. Raises UsageError for an unknown method or setting; a method that refuses the model is
     listed in `refused`.
     """
+    if training_free:
+        shape = model if isinstance(model, nn.Module) else models.skeleton(models.locate(model, revision))
+        methods = tuple(dict.fromkeys([*methods, *training_free_methods(parts.kind(shape))]))
     if not methods:
         raise UsageError("compare needs at least one method, for example: compare gptq llm-int8 --model lab:minilm")
     if len(set(methods)) < len(methods):

@@ -54,6 +54,26 @@ def split_names(method: str) -> list[str]:
     return names
 
 
+def training_free(kind: str) -> list[str]:
+    """Every transform and attention that changes a model of this kind without training, with the parameters it has when none
+    are given; by name.
+
+    >>> "gptq" in training_free("decoder"), "minilm" in training_free("encoder")
+    (True, False)
+    """
+    from formulary.catalogue import cards
+    from formulary.catalogue.rooms import has_code
+
+    found = []
+    for slug, card in sorted(cards().items()):
+        if {"transform", "attention"} & set(card.contract) and has_code(slug):
+            contract, classes = next(iter(contracts_of(slug).items()))
+            method = classes[0]() if is_dataclass(classes[0]) else classes[0]
+            if contract in ("transform", "attention") and not getattr(method, "trains", False) and kind in getattr(method, "supports", (kind,)):
+                found.append(slug)
+    return found
+
+
 # ---------------------------------------------------------------- settings
 
 
