@@ -6,6 +6,7 @@ Names are imported on first use, so that `import formulary` stays cheap.
 _HOMES = {
     "Attention": "attention",
     "BlockEdit": "edits",
+    "BlockTransform": "transform",
     "Data": "data",
     "Estimator": "estimator",
     "Layer": "layer",

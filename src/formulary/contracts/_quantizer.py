@@ -8,21 +8,27 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 WEIGHTS = "model.formulary.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 
 
 class FormularyConfig(QuantizationConfigMixin):
-    """`config.quantization_config` of an edited model: `{"quant_method": "formulary", "edits": [...]}`."""
+    """`config.quantization_config` of an edited model: `{"quant_method": "formulary", "edits": [...]}`.
 
-    def __init__(self, edits=(), **unknown):
+    `"sharded": true` beside them says that the weights are in several files, named by an index (what a streamed run writes).
+    """
+
+    def __init__(self, edits=(), sharded=False, **unknown):
         unknown.pop("quant_method", None)
         if unknown:
             raise ValueError(f"config.json: quantization_config has unknown fields {sorted(unknown)}")
         self.quant_method = "formulary"
         self.edits = list(edits)
+        if sharded:
+            self.sharded = True
 
 
 class FormularyQuantizer(HfQuantizer):
-    """Replays edits before the weights are loaded, from `model.formulary.safetensors`, and keeps each tensor's stored dtype."""
+    """Replays edits before the weights are loaded, from `WEIGHTS` or the files of `INDEX`, and keeps each tensor's stored dtype."""
 
     def __init__(self, quantization_config, **kwargs):
         super().__init__(quantization_config, **kwargs)
@@ -35,7 +41,7 @@ class FormularyQuantizer(HfQuantizer):
 
         check_entries(self.quantization_config.edits)
         self._stored = getattr(config, "dtype", None)
-        config.transformers_weights = WEIGHTS
+        config.transformers_weights = INDEX if getattr(self.quantization_config, "sharded", False) else WEIGHTS
         if uses_attention(self.quantization_config.edits):
             config._attn_implementation = "formulary"
         return config
@@ -59,6 +65,8 @@ class FormularyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
+        for config in (self.quantization_config, model.config.quantization_config):
+            vars(config).pop("sharded", None)  # it is about the files, and saving again writes others
         return model
 
     def is_serializable(self):

@@ -183,6 +183,10 @@ class Editor:
         """Run `undo` if the method fails after this point."""
         self._undo.append(undo)
 
+    def settle(self) -> None:
+        """Let go of what undoing needs: what was done so far will stay."""
+        self._undo.clear()
+
     def _remember(self, name: str) -> None:
         """Everything that an edit at `name` may touch: the parent's child, the module's class, attributes and members."""
         parent_name, _, child = name.rpartition(".")

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from formulary.contracts import parts
+from formulary.contracts.blockwise import Blockwise, inside, outside
 from formulary.contracts.data import Data
 from formulary.contracts.edits import Editor, editing, edits_of
+from formulary.contracts.parts import Block, Linear
 from formulary.contracts.report import Report
 from formulary.errors import FormularyError, UsageError, nearest
 
@@ -25,6 +27,8 @@ class Transform:
     positions then depends, by a rounding step, on where padding puts a text, unless `position_ids` are given (`generate` does).
 
     `targets` and `ignore` choose parts by globs over dotted names or by class names.
+
+    A method that looks at one block at a time is a `BlockTransform` instead, which `use` can stream.
     """
 
     targets: tuple[str, ...] = ()
@@ -57,6 +61,18 @@ class Transform:
         Raises FormularyError when the model's kind is not supported, data is missing, or nothing could be changed; the model is
         then as it was.
         """
+        self.admit(model, data)
+        report = Report(self.slug, self.parameters(), parts.count_weights(model), self.unit)
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices), editing(model, self.slug) as edit:
+            torch.manual_seed(data.seed if data is not None else 0)
+            refuse_nan(model)
+            changed = self.run(model, data, edit, report)
+            refuse_unchanged(model, report)
+        return (model if changed is None else changed), report
+
+    def admit(self, model: nn.Module, data: Data | None) -> None:
+        """Refuse a model of a kind that is not supported, and missing data."""
         kind = parts.kind(model)
         if kind not in self.supports:
             raise FormularyError(
@@ -64,19 +80,69 @@ class Transform:
             )
         if self.needs_data and data is None:
             raise FormularyError(f"{self.slug} needs data to {'train' if self.trains else 'calibrate'} on: give --data")
-        report = Report(self.slug, self.parameters(), parts.count_weights(model), self.unit)
-        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), editing(model, self.slug) as edit:
-            torch.manual_seed(data.seed if data is not None else 0)
-            refuse_nan(model)
-            changed = self.run(model, data, edit, report)
-            if not report.changes:
-                raise FormularyError(f"{self.slug} found nothing to change in this {type(model).__name__}{why_nothing(model, report)}")
-        return (model if changed is None else changed), report
 
     def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> nn.Module | None:
         """The method itself."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTransform(Transform):
+    """A transform that works on one block after the other, so that `use` can stream a model that is larger than memory.
+
+    Implement `run_block(block, linears, walk, edit, report)` in place of `run`: change the `linears` of this block through
+    `edit`, looking at nothing but the block and, through `walk` (`contracts.blockwise.Blockwise`), at what flows into it.
+    `run` does that for a model in memory; `formulary use --stream` does it for one on disk, whose other blocks have no
+    weights at the time, and both give the same bits. `block` is None for linears outside all blocks, which come last.
+
+    `observes` is False where no block looks at data: `walk` is then None.
+    """
+
+    observes: ClassVar[bool] = True
+
+    @property
+    def streams(self) -> bool:
+        """Whether the whole method works block by block with these settings."""
+        return True
+
+    @property
+    def beyond(self) -> bool:
+        """Whether `conclude` changes what lies outside the blocks with these settings."""
+        return False
+
+    def choose(self, model: nn.Module, report: Report) -> list[Linear]:
+        """The linears to change, from names and shapes alone; those left out are skips of the report."""
+        return parts.linears(model, self.targets, self.ignore)
+
+    def run_block(
+        self, block: Block | None, linears: list[Linear], walk: Blockwise | None, edit: Editor, report: Report
+    ) -> None:
+        """The method itself, on one block."""
+        raise NotImplementedError
+
+    def conclude(self, model: nn.Module, edit: Editor, report: Report) -> None:
+        """What is left once all blocks are done: notes, and changes outside the blocks where `beyond` says so."""
+
+    def working_bytes(self, linears: list[Linear]) -> int:
+        """About how many bytes `run_block` takes for a block of these linears, beside the block and its changed twin."""
+        return max((16 * part.weights for part in linears), default=0)  # float32 copies of one weight
+
+    def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> None:
+        chosen = self.choose(model, report)
+        walk = Blockwise(model, data) if self.observes else None
+        left = len(chosen)
+        for block in parts.blocks(model):
+            here = inside(chosen, block)
+            if here:
+                self.run_block(block, here, walk, edit, report)
+            left -= len(here)
+            if not left:
+                break
+            if walk is not None:
+                walk.advance(block)
+        if left:
+            self.run_block(None, outside(chosen, model), walk, edit, report)
+        self.conclude(model, edit, report)
 
 
 def why_nothing(model: nn.Module, report: Report) -> str:
@@ -89,9 +155,15 @@ def why_nothing(model: nn.Module, report: Report) -> str:
     return f", whose parts {' and '.join(before)} has already replaced: give the methods in another order, or one of them alone"
 
 
-def refuse_nan(model: nn.Module) -> None:
-    """Raise when a weight is NaN or infinite, naming it."""
-    for name, value in model.named_parameters():
+def refuse_unchanged(model: nn.Module, report: Report) -> None:
+    """Raise when a method changed nothing."""
+    if not report.changes:
+        raise FormularyError(f"{report.method} found nothing to change in this {type(model).__name__}{why_nothing(model, report)}")
+
+
+def refuse_nan(model: nn.Module, within: str = "") -> None:
+    """Raise when a weight is NaN or infinite, naming it; `within` is the dotted name of `model` in a larger one."""
+    for name, value in model.named_parameters(prefix=within):
         if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
             raise FormularyError(f"weight {name} has NaN or infinite values: the model file is damaged or training diverged")
 

@@ -37,6 +37,7 @@ def use_arguments(parser: argparse.ArgumentParser) -> None:
     _shared_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where to write the result; must not exist")
     parser.add_argument("--max-loss", metavar="PERCENT", help="refuse a result that loses more of the main quality, such as 1%%")
+    parser.add_argument("--stream", action="store_true", help="from disk to disk, one block at a time; done unasked if the model does not fit into memory")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, from headers alone")
 
 
@@ -45,8 +46,9 @@ def use(args: argparse.Namespace) -> None:
     from formulary.workshop.using import use as run
 
     outcome = run(
-        args.method, args.model, out=args.out, max_loss=_percent(args.max_loss), dry_run=args.dry_run, **_shared(args)
-    )
+        args.method, args.model, out=args.out, max_loss=_percent(args.max_loss), dry_run=args.dry_run, stream=args.stream or None,
+        **_shared(args),
+    )  # fmt: skip
     _print(outcome, args.json)
 
 

@@ -30,7 +30,9 @@ TIMED_ITEMS = {"decoder": 1, "encoder": 16, "encoder-decoder": 4, "vision": 4}
 
 @dataclass
 class Row:
-    """One line of the table. Times are CPU seconds per item on one thread; ratios are against `unchanged`."""
+    """One line of the table. Times are CPU seconds per item on one thread; ratios are against `unchanged`. `memory` is what
+    loading the model and running it once takes, `run_memory` what a streamed run took to make it.
+    """
 
     name: str
     seconds: float | None = None
@@ -38,6 +40,7 @@ class Row:
     decode_seconds: float | None = None
     decode_ratio: Ratio | None = None
     memory: int | None = None
+    run_memory: int | None = None
     disk: int | None = None
     qualities: list[Quality] = field(default_factory=list)
     headline: str = ""
@@ -53,6 +56,7 @@ class Row:
             "decode_cpu_seconds_per_token": self.decode_seconds,
             "decode_time_ratio": ratio(self.decode_ratio),
             "peak_memory_bytes": self.memory,
+            "memory_of_the_run_bytes": self.run_memory,
             "disk_bytes": self.disk,
             "quality": [
                 dict(zip(("estimate", "low", "high"), q.interval()), name=q.name, better=q.better, loss=q.loss())

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from formulary.contracts import edits
 from formulary.errors import FormularyError
@@ -23,12 +24,15 @@ def check_out(out: str | Path, need: int = 0) -> Path:
     """The output path, refused before any work when it exists, cannot be written, or lies on a disk with less than `need` bytes free."""
     path = Path(out).expanduser()
     if path.exists():
+        if partial(path).exists() and not (partial(path) / "result").exists():
+            shutil.rmtree(partial(path), ignore_errors=True)  # of a run that was killed just after it had finished
         raise FormularyError(f"{path} exists: choose another --out or remove it; nothing was written")
     parent = path.parent if str(path.parent) else Path(".")
     existing = next((p for p in [parent, *parent.parents] if p.exists()), Path("."))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise FormularyError(f"{path} cannot be written: no permission in {existing}")
     free = shutil.disk_usage(existing).free
+    need -= bytes_in(partial(path))
     if free < need:
         raise FormularyError(f"{path}: about {need / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free; nothing was written")
     return path
@@ -47,18 +51,53 @@ def staged(out: Path) -> Iterator[Path]:
         if out.exists():
             raise FormularyError(f"{out} appeared while the result was being made; it was left alone and nothing was written")
         os.rename(stage, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FormularyError(f"{out}: the disk is full; nothing was written, and the inputs are untouched") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise FormularyError(f"{out} cannot be written: {error.strerror}") from error
-        raise
     except Exception as error:
-        if "No space left on device" in str(error):
+        if is_full(error):
             raise FormularyError(f"{out}: the disk is full; nothing was written, and the inputs are untouched") from error
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise FormularyError(f"{out} cannot be written: {error.strerror}") from error
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the error says that the disk is full, whoever raised it."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def partial(out: Path) -> Path:
+    """Where a streamed run keeps what it has made of `out`, so that it can go on after it was stopped."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def bytes_in(directory: Path) -> int:
+    """Bytes of all files below a directory, 0 if there is none."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that is complete or as it was before, even across a crash: written beside, synced, renamed.
+
+    That it has its name is certain after a crash once the directory is synced too.
+    """
+    beside = file.with_name(f".{file.name}.beside")
+    try:
+        save_file(tensors, beside, {"format": "pt", **(metadata or {})})
+        sync(beside)
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a directory's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sweep(out: Path) -> None:
@@ -82,11 +121,7 @@ def _alive(pid: int) -> bool:
 def _sync(directory: Path) -> None:
     for file in directory.rglob("*"):
         if file.is_file():
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(file)
 
 
 def save_model(model: nn.Module, directory: Path, source: Path | None, processor: Any) -> None:
@@ -96,12 +131,12 @@ def save_model(model: nn.Module, directory: Path, source: Path | None, processor
     variant = "formulary" if edits.edits_of(model) else None
     model.save_pretrained(directory, variant=variant, max_shard_size="1000GB")
     if source is not None:
-        _copy_others(source, directory)
+        copy_others(source, directory)
     elif processor is not None and hasattr(processor, "save_pretrained"):
         processor.save_pretrained(directory)
 
 
-def _copy_others(source: Path, directory: Path) -> None:
+def copy_others(source: Path, directory: Path) -> None:
     """Data files only: never weights, never Python, never a link that leads out of the directory."""
     root = source.resolve()
     homes = {root, root.parent.parent / "blobs"}  # the hub's cache keeps a snapshot's files as links into its blobs

@@ -12,10 +12,10 @@ def columns(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         heads += ["CPU time per decoded token", "against unchanged"]
         for row, cell in zip(rows, cells):
             cell += [_seconds(row.decode_seconds), _ratio(row.decode_ratio)]
-    heads += ["peak memory", "weights on disk", *names]
+    heads += ["peak memory", "memory of the run", "weights on disk", *names]
     for row, cell in zip(rows, cells):
         by_name = {q.name: q for q in row.qualities}
-        cell += [_bytes(row.memory), _bytes(row.disk), *(_quality(by_name.get(name)) for name in names)]
+        cell += [_bytes(row.memory), _bytes(row.run_memory), _bytes(row.disk), *(_quality(by_name.get(name)) for name in names)]
     keep = [i for i in range(len(heads)) if any(cell[i] != "-" for cell in cells)]
     return [heads[i] for i in keep], [[cell[i] for i in keep] for cell in cells]
 

@@ -14,8 +14,11 @@ from formulary.contracts import parts
 from formulary.contracts.data import Data
 from formulary.contracts.report import Report
 from formulary.errors import FormularyError, UsageError
+from formulary.evidence.memory import high_water_mark
 from formulary.evidence.timing import FEWEST_ROUNDS
-from formulary.workshop import applying, inputs, measuring, models, quality, saving, tables
+from formulary.workshop import applying, inputs, measuring, models, quality, saving, streaming, tables
+from formulary.workshop.disk import DiskModel
+from formulary.workshop.journal import facts_of, unfinished
 from formulary.workshop.measuring import Row
 
 
@@ -111,6 +114,7 @@ def use(
     max_loss: float | None = None,
     measure: bool = True,
     dry_run: bool = False,
+    stream: bool | None = None,
     **parameters: Any,
 ) -> Outcome:
     """Apply a method (or several joined by `+`) to a model and measure it before and after.
@@ -118,6 +122,9 @@ def use(
     `model` is a directory, a hub id, `lab:NAME` or an `nn.Module`, which stays as it is; `data` a path, `lab:NAME` or an
     iterable of texts or images. `settings` and further keywords are the method's parameters. `max_loss` (0.01 = 1 %) refuses a
     result that loses more of the main quality. With `out` the result is written there, complete or not at all.
+
+    `stream` works from disk to disk, one block at a time, with methods that look at one block at a time; None does so where the
+    model would not fit into memory. What a stopped run has done is in `OUT.partial`, and the same call goes on with it.
 
     >>> from formulary.lab import tiny
     >>> outcome = use("llm-int8", tiny("vit"), measure=False)
@@ -128,35 +135,97 @@ def use(
     options = Options(data, labels, dtype, device, seed, batch_size, max_length, samples, revision, rounds)
     contract = plans[0].contract
     if contract in ("transform", "attention", "layer"):
-        return _use_on_model(plans, model, options, out, max_loss, measure, dry_run)
+        return _use_on_model(plans, model, options, out, max_loss, measure, dry_run, stream)
+    if stream:
+        raise UsageError(f"--stream: {plans[0].slug} is a {contract}, not a method that works on one block at a time")
     from formulary.workshop import others
 
     return others.VERBS[contract](plans[0], model, options, out, dry_run)
 
 
-def _use_on_model(plans, model, options: Options, out, max_loss, measure, dry_run) -> Outcome:
+def _use_on_model(plans, model, options: Options, out, max_loss, measure, dry_run, stream) -> Outcome:
     name = "+".join(plan.slug for plan in plans)
     if model is None:
         raise UsageError(f"{name} needs a model: a directory, a hub id or lab:NAME")
     path = None if isinstance(model, nn.Module) else models.locate(model, options.revision)
     size = models.count_from_headers(models.weight_files(path))[1] if path else 0
     target = saving.check_out(out, size) if out is not None else None
+    why = streaming.reason(plans, path, size, stream, target)
     if dry_run:
-        return _dry_run(name, plans, path, model, options, size, target)
+        return _dry_run(name, plans, path, model, options, size, target, why)
+    if why:
+        return _use_streamed(plans[0], model, path, options, size, target, max_loss, measure, why)
     session = open_session(model, options, plans)
+    session.notes += streaming.warnings(plans, path, size, target)
     changed, reports = applying.apply_all(plans, session.loaded.model, session.train if session.for_method else None)
     outcome = Outcome(name, plans[0].contract, changed, reports, notes=session.notes)
     if measure:
         with tempfile.TemporaryDirectory() as scratch:
             outcome.rows = session.measure({name: changed}, Path(scratch))
-        row = outcome.rows[-1]
-        row.headline = reports[-1].headline
-        if row.ratio is not None and row.ratio.estimate > 0.97:
-            row.why_not_faster = measuring.why_not_faster(changed, session.loaded.model, session.kind, session.held_out)
-        _enforce(max_loss, row, target)
+        outcome.rows[-1].headline = reports[-1].headline
+        _explain(outcome, changed, session)
+        _enforce(max_loss, outcome.rows[-1], target)
     if target is not None:
         _write(outcome, plans, session, target)
     return outcome
+
+
+def _explain(outcome: Outcome, changed: nn.Module, session: "Session") -> None:
+    """Say why the last row is not faster where it is not."""
+    row = outcome.rows[-1]
+    if row.ratio is not None and row.ratio.estimate > 0.97:
+        row.why_not_faster = measuring.why_not_faster(changed, session.loaded.model, session.kind, session.held_out)
+
+
+def _use_streamed(plan, model, path: Path, options: Options, size: int, target: Path, max_loss, measure, why: str) -> Outcome:
+    """From disk to disk, block by block. What varies from run to run is said but not written, so that the result does not."""
+    fits = streaming.FITS * size <= streaming.available_memory()
+    if max_loss is not None and not (measure and fits):
+        raise UsageError("max_loss needs the quality measured, and the model does not fit into memory for that" if measure else
+                         "max_loss needs the quality measured")  # fmt: skip
+    disk = DiskModel(path, dtype=options.dtype, device=options.device)
+    name = str(model) if str(model).startswith("lab:") else path.name
+    loaded = models.Loaded(disk.model, models.load_processor(path, parts.kind(disk.model)), path, name)
+    session = open_session(model, options, [plan], loaded)
+    method, data = plan.instance(), session.train if session.for_method else None
+    method.admit(disk.model, data)
+    saving.check_out(target, size + streaming.activation_bytes(disk.model, method, data))
+    with unfinished(target, facts_of(disk, method, data)) as (folder, journal):
+        before, blocks = len(journal.blocks()), len(disk.blocks)
+        run = streaming.Run(disk, method, data, folder, journal)
+        report = run.go()
+        run.describe()
+        notes = [*session.notes, f"streamed block by block from disk, {blocks} blocks"]
+        outcome = Outcome(plan.slug, plan.contract, disk.model, [report], notes=notes)
+        memory = high_water_mark()
+        changed = _measure_streamed(outcome, plan, session, disk, run.result, memory, fits, max_loss) if measure else None
+        facts = {**outcome.as_dict(), **provenance([plan], session)}
+        saving.write_facts(run.result, facts, model_card(outcome, [plan], session))
+    outcome.model, outcome.out = changed, target
+    outcome.notes.append(f"streamed {why}; the run took at most {memory / 1e6:.0f} MB of memory")
+    if before:
+        outcome.notes.append(f"{before} of {blocks} blocks had been finished by an earlier run")
+    return outcome
+
+
+def _measure_streamed(outcome, plan, session, disk, directory: Path, memory: int, fits: bool, max_loss) -> nn.Module | None:
+    """The usual table if the model fits into memory, and the changed model; else what files say, and a note."""
+    if fits:
+        loaded, options = session.loaded, session.options
+        loaded.model = models.load_directory(loaded.path, dtype=options.dtype, device=options.device)
+        changed = models.load_directory(directory, device=options.device)
+        with tempfile.TemporaryDirectory() as scratch:
+            outcome.rows = session.measure({plan.slug: changed}, Path(scratch))
+        _explain(outcome, changed, session)
+        _enforce(max_loss, outcome.rows[-1], directory)
+    else:
+        weights = models.count_from_headers(disk.files)[0]
+        outcome.rows = [Row("unchanged", disk=measuring.disk_bytes(disk.path)), Row("bf16", disk=2 * weights), Row(plan.slug)]
+        outcome.notes.append("time, memory in use and quality were not measured: the model does not fit into memory for that")
+        changed = None
+    row = outcome.rows[-1]
+    row.headline, row.disk, row.run_memory = outcome.reports[-1].headline, measuring.disk_bytes(directory), memory
+    return changed
 
 
 def _enforce(max_loss: float | None, row: Row, target) -> None:
@@ -274,10 +343,10 @@ class Session:
             shutil.rmtree(directory)
 
 
-def open_session(model: Any, options: Options, plans: list) -> Session:
-    """Load the model and its data. Without `data`, lab models are measured on lab data; a method that must learn from data
-    needs it given, except on lab models."""
-    loaded = models.load_model(model, dtype=options.dtype, device=options.device, revision=options.revision)
+def open_session(model: Any, options: Options, plans: list, loaded: models.Loaded | None = None) -> Session:
+    """Load the model, unless it is there, and its data. Without `data`, lab models are measured on lab data; a method that must
+    learn from data needs it given, except on lab models."""
+    loaded = loaded or models.load_model(model, dtype=options.dtype, device=options.device, revision=options.revision)
     kind = loaded.kind
     if kind == "module":
         raise FormularyError(f"{loaded.name} has no Transformer blocks that formulary knows: use a transformers model")
@@ -297,7 +366,7 @@ def open_session(model: Any, options: Options, plans: list) -> Session:
     return Session(loaded, kind, train, held_out, options, given or loaded.name in inputs.DEFAULTS, notes)
 
 
-def _dry_run(name, plans, path, model, options: Options, size: int, target) -> Outcome:
+def _dry_run(name, plans, path, model, options: Options, size: int, target, why: str | None) -> Outcome:
     """What would be done, from headers and a weightless skeleton alone."""
     skeleton = model if path is None else models.skeleton(path)
     kind = parts.kind(skeleton)
@@ -313,7 +382,8 @@ def _dry_run(name, plans, path, model, options: Options, size: int, target) -> O
         f"{type(skeleton).__name__}, {kind}, {total / 1e6:.1f} M weights, {size / 1e6:.1f} MB on disk, {len(parts.blocks(skeleton))} blocks",
         f"{len(chosen)} linear layers within reach, {100 * covered / max(1, total):.0f} % of the weights",
         *(f"{plan.slug} with {', '.join(f'{k}={v}' for k, v in plan.shown().items() if v not in ((), [])) or 'no parameters'}" for plan in plans),
-        f"about {3 * size / 1e6:.0f} MB of memory for the model, its copy and the bf16 baseline",
+        *([_streamed_sizes(plans[0], skeleton, path, kind, options, why)] if why else []),
+        *([] if why else [f"about {3 * size / 1e6:.0f} MB of memory for the model, its copy and the bf16 baseline"]),
     ]
     if target is not None:
         notes.append(f"would write {target}, at most about {size / 1e6:.0f} MB")
@@ -321,3 +391,23 @@ def _dry_run(name, plans, path, model, options: Options, size: int, target) -> O
         raw = inputs.read(options.data, labels=options.labels)
         notes.append(f"data {raw.name}: {len(raw.items)} {raw.kind}")
     return Outcome(name, plans[0].contract, notes=notes)
+
+
+def _streamed_sizes(plan, skeleton: nn.Module, path: Path, kind: str, options: Options, why: str) -> str:
+    """What a streamed run would take of the disk, beside the result, and of memory."""
+    method = plan.instance()
+    if options.data is None and method.observes:
+        return f"would be streamed {why}; give --data to see how much memory and disk that takes"
+    if options.dtype is not None:
+        skeleton = skeleton.to(models._dtype(options.dtype))
+    data = None
+    if method.observes:
+        data, _ = inputs.prepare(
+            options.data, skeleton, kind, models.load_processor(path, kind), labels=options.labels, seed=options.seed,
+            batch_size=options.batch_size, max_length=options.max_length, samples=options.samples,
+        )  # fmt: skip
+    kept, peak = streaming.activation_bytes(skeleton, method, data), streaming.peak_bytes(skeleton, method, data)
+    return (
+        f"would be streamed {why}: about {peak / 1e6:.0f} MB of memory,"
+        f" and {kept / 1e6:.1f} MB of activations in memory-mapped files beside the result"
+    )

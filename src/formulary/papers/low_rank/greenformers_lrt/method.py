@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from formulary.contracts import Replacement, Transform, parts
+from formulary.contracts import BlockTransform, Replacement, parts
 from formulary.contracts.transform import check_range
 from formulary.errors import UsageError
 
@@ -63,7 +63,7 @@ def factorize(weight: Float[Tensor, "out in"], rank: int) -> tuple[Float[Tensor,
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankTransformer(Transform):
+class LowRankTransformer(BlockTransform):
     """Factorize the linear layers inside the blocks.
 
     `ratio` is the share of each layer's weights that is kept (0 to 1), which fixes r = ratio m n / (m + n); `rank` sets r itself.
@@ -76,6 +76,7 @@ class LowRankTransformer(Transform):
     steps: int = 0
     learning_rate: float = 5e-4
 
+    observes = False
     quick = {"steps": 2}
 
     def __post_init__(self):
@@ -97,9 +98,13 @@ class LowRankTransformer(Transform):
         """r for a layer of this size."""
         return self.rank or max(1, int(self.ratio * out_features * in_features / (out_features + in_features)))
 
-    def run(self, model, data, edit, report):
-        teacher = copy.deepcopy(model).eval() if self.steps else None
-        new = []
+    @property
+    def streams(self) -> bool:
+        """Fine-tuning runs the whole model; the decomposition alone looks at one block at a time."""
+        return not self.steps
+
+    def choose(self, model, report):
+        chosen = []
         for part in parts.linears(model, self.targets, self.ignore):
             rank = self.rank_for(part.out_features, part.in_features)
             if part.experts:
@@ -107,9 +112,20 @@ class LowRankTransformer(Transform):
             elif rank * (part.out_features + part.in_features) >= part.weights:
                 report.skipped(part.name, f"rank {rank} is no smaller than dense", part.weights)
             else:
-                new.append(self._replace(part, rank, edit))
-                report.changed(part.name, part.weights, f"rank {rank} of {min(part.out_features, part.in_features)}")
-        if self.steps and new:
+                chosen.append(part)
+        return chosen
+
+    def run_block(self, block, linears, walk, edit, report):
+        for part in linears:
+            rank = self.rank_for(part.out_features, part.in_features)
+            self._replace(part, rank, edit)
+            report.changed(part.name, part.weights, f"rank {rank} of {min(part.out_features, part.in_features)}")
+
+    def run(self, model, data, edit, report):
+        teacher = copy.deepcopy(model).eval() if self.steps else None
+        super().run(model, data, edit, report)
+        if self.steps and report.changes:
+            new = [model.get_submodule(change.name) for change in report.changes]
             self._fine_tune(model, teacher, new, data, report)
 
     def _replace(self, part: parts.Linear, rank: int, edit) -> LowRankLinear:

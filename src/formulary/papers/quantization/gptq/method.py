@@ -18,19 +18,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from formulary.contracts import Data, Report, Transform, parts
+from formulary.contracts import BlockTransform, Report, parts
+from formulary.contracts.blockwise import Blockwise, gram_bytes
 from formulary.contracts.edits import Editor
+from formulary.contracts.parts import Linear
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
 
-from .._blockwise import Blockwise
 from .._parts import MIN_FEATURES, Grid, PackedExperts, PackedLinear, Quantized, replace, round_to_nearest
 
 __all__ = ["GPTQ", "PackedExperts", "PackedLinear", "compensated"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQ(Transform):
+class GPTQ(BlockTransform):
     """Weights of the linears inside the blocks as packed integers of `bits` bits; activations, heads and embeddings
     stay as they are.
 
@@ -44,6 +45,7 @@ class GPTQ(Transform):
     a parameter out of range, and FormularyError when calibration meets NaN. Raised damping, and inputs, layers and
     experts that no token reached (their weights are rounded to nearest) are notes of the report.
 
+    >>> from formulary.contracts import Data
     >>> from formulary.lab import inputs_for, tiny
     >>> model = tiny("llama")
     >>> data = Data([{"input_ids": ids} for ids in inputs_for(model, batch=8)["input_ids"]])
@@ -76,26 +78,26 @@ class GPTQ(Transform):
     def grid(self) -> Grid:
         return Grid(self.bits, None if self.group_size == -1 else self.group_size, self.symmetric)
 
-    def run(self, model: nn.Module, data: Data, edit: Editor, report: Report) -> None:
+    def choose(self, model: nn.Module, report: Report) -> list[Linear]:
         chosen = []
         for part in parts.linears(model, self.targets, self.ignore):
             if part.in_features < MIN_FEATURES:
                 report.skipped(part.name, f"fewer than {MIN_FEATURES} inputs", part.weights)
             else:
                 chosen.append(part)
-        walk = Blockwise(model, data)
-        left = len(chosen)
-        for block in walk.blocks:
-            inside = [part for part in chosen if part.name.startswith(f"{block.name}.")]
-            if inside:
-                self._quantize(walk, block, inside, edit, report)
-            left -= len(inside)
-            if not left:
-                break
-            walk.advance(block)
-        if left:
-            outside = [part for part in chosen if not part.name.startswith(tuple(f"{b.name}." for b in walk.blocks))]
-            self._quantize(walk, None, outside, edit, report)
+        return chosen
+
+    def run_block(self, block, linears: list[Linear], walk: Blockwise, edit: Editor, report: Report) -> None:
+        made: dict[str, list[Quantized]] = {}
+        for part, grams in walk.grams(block, linears):
+            weights = part.weight().float() if part.experts else part.weight().float()[None]
+            names = [f"{part.name}[{e}]" for e in range(part.experts)] or [part.name]
+            made[part.name] = [self._one(name, one, grams.pop(0), part, report) for name, one in zip(names, weights)]
+        for part in linears:
+            report.changed(part.name, part.weights, f"{self.bits} bits")
+            replace(edit, part, made.pop(part.name), self.grid)
+
+    def conclude(self, model: nn.Module, edit: Editor, report: Report) -> None:
         unreached, dead = report.figures.get("unreached"), report.figures.get("dead inputs")
         if unreached:
             report.note(
@@ -108,27 +110,10 @@ class GPTQ(Transform):
                 " rounded to nearest"
             )
 
-    def _quantize(self, walk: Blockwise, block, linears: list, edit: Editor, report: Report) -> None:
-        """Observe the inputs of `linears`, which are in one block, and replace each of them."""
-        grams: dict[tuple[str, int | None], Tensor] = {}
-
-        def see(part, x, expert):
-            x = x.float()
-            gram = grams.setdefault((part.name, expert), x.new_zeros(x.shape[1], x.shape[1]))
-            gram.addmm_(x.mT, x)
-
-        walk.observe(block, linears, see)
-        for part in linears:
-            weight = part.weight().float()
-            if part.experts:
-                made = [
-                    self._one(f"{part.name}[{e}]", weight[e], grams.pop((part.name, e), None), part, report)
-                    for e in range(part.experts)
-                ]
-            else:
-                made = [self._one(part.name, weight, grams.pop((part.name, None), None), part, report)]
-            report.changed(part.name, part.weights, f"{self.bits} bits")
-            replace(edit, part, made, self.grid)
+    def working_bytes(self, linears: list[Linear]) -> int:
+        """The largest Hessian with its factors in float64, and some float32 copies of a weight matrix."""
+        square, matrix = (lambda part: part.in_features**2), (lambda part: part.weights)
+        return max(gram_bytes(part) + 24 * square(part) + 24 * matrix(part) for part in linears)
 
     def _one(self, name: str, weight: Tensor, gram: Tensor | None, part, report: Report) -> Quantized:
         """Quantize one weight matrix and enter its error into the report."""
@@ -230,13 +215,15 @@ def compensated(
 
 def _inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
     """U (in, in), upper triangular with U^T U = H^-1, for columns in `order`, float32; and the damping that it took."""
-    hessian = hessian[order][:, order].double()
-    mean = hessian.diagonal().mean()
-    while True:
-        damped = hessian + damp * mean * torch.eye(len(hessian), dtype=torch.double, device=hessian.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+    hessian = hessian[order][:, order]
+    mean = hessian.diagonal().double().mean()
+    while True:  # letting go of each matrix once the next is there: in float64 they are what takes most memory
+        matrix = hessian.double()
+        matrix.diagonal().add_(damp * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
         if not failed:
-            return upper.float(), damp
+            return matrix.float(), damp
         damp = max(10 * damp, 1e-6)

@@ -15,12 +15,13 @@ token are multiplied in float for those tokens alone.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
-from formulary.contracts import Data, Replacement, Report, Transform, parts
+from formulary.contracts import BlockTransform, Replacement, Report, parts
 from formulary.contracts.edits import Editor
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
@@ -28,7 +29,7 @@ from formulary.kernels import int8
 
 
 @dataclass(frozen=True, kw_only=True)
-class LLMInt8(Transform):
+class LLMInt8(BlockTransform):
     """Linears inside the blocks as int8 weights, multiplied with activations that are rounded to int8 on the fly; no
     data needed.
 
@@ -46,21 +47,34 @@ class LLMInt8(Transform):
     threshold: float = 6.0
     head: bool = False
 
+    observes: ClassVar[bool] = False
+
     def __post_init__(self):
         super().__post_init__()
         check_range("llm-int8", "threshold", self.threshold, 1e-6, 1e30)
 
-    def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> None:
+    @property
+    def beyond(self) -> bool:
+        return self.head
+
+    def choose(self, model: nn.Module, report: Report) -> list[parts.Linear]:
+        chosen = []
         for part in parts.linears(model, self.targets, self.ignore):
             if part.experts:
                 report.skipped(part.name, "expert tensors stay in floating point", part.weights)
-                continue
+            else:
+                chosen.append(part)
+        return chosen
+
+    def run_block(self, block, linears: list[parts.Linear], walk, edit: Editor, report: Report) -> None:
+        for part in linears:
             self._replace(part, edit, report)
+
+    def conclude(self, model: nn.Module, edit: Editor, report: Report) -> None:
         if self.head:
             self._replace_head(model, edit, report)
         if report.changes and not int8.level():
             report.note(f"linears run as {int8.path()}")
-
 
     def _replace(self, part: parts.Linear, edit: Editor, report: Report) -> None:
         report.changed(part.name, part.weights, "int8")

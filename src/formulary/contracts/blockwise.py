@@ -1,0 +1,219 @@
+"""Runs a model one block at a time over all the data, so that each block is calibrated on the output of those already
+changed.
+
+The model's own code computes everything between blocks (masks, positions, cross-attention), and each block runs twice
+in all: blocks already done hand out their recorded output instead of computing, and the run stops after the block
+that is looked at. It is exact for any model that calls each block once and in order. Where a block is called more
+often (ALBERT) every run is one of the whole model: exact too, and slower.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formulary.contracts import parts
+from formulary.contracts.data import Data
+from formulary.contracts.parts import Block, Linear
+
+
+class _Reached(Exception):
+    """Ends a forward pass after the block that is looked at."""
+
+
+class _Recorded:
+    """The class that a finished block takes for the length of a run: it hands out what the stack's last block gave."""
+
+    def forward(self, *args, **kwargs):
+        return self._recorded[0]
+
+
+class Outputs:
+    """What the block of each stack that was run last gave, by batch: in memory. A subclass may keep it elsewhere."""
+
+    def __init__(self):
+        self._kept: dict[tuple[str, int], tuple[str, Any]] = {}
+
+    def has(self, block: Block, index: int) -> bool:
+        """Whether what is kept for this batch came from this very block."""
+        return self._kept.get((block.stack, index), ("", None))[0] == block.name
+
+    def put(self, block: Block, index: int, output: Any) -> None:
+        """Keep the block's output in the place of its stack's earlier one; `output` is a tensor or a nest of them."""
+        self._kept[block.stack, index] = block.name, map_tensors(Tensor.contiguous, output)
+
+    def get(self, stack: str, index: int) -> Any:
+        """The output that is kept."""
+        return self._kept[stack, index][1]
+
+
+class Blockwise:
+    """Observe a block's linears, change them, then `advance` past the block, for each of `blocks` in order.
+
+    `outputs` is where outputs of blocks are kept. `frugal` makes `grams` hold no more than the largest matrix at a time,
+    for more passes over the data. `sequential` says whether blocks are called once each and in order; a run over the
+    first item tells when it is not given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        outputs: Outputs | None = None,
+        frugal: bool = False,
+        sequential: bool | None = None,
+    ):
+        self.model, self.data, self.frugal = model.eval(), data, frugal
+        self.device = next(p.device for p in model.parameters() if p.device.type != "meta")
+        self.blocks = parts.blocks(model)
+        self.outputs = Outputs() if outputs is None else outputs
+        self.done: set[str] = set()
+        names = [block.name for block in self.blocks]
+        self.sequential = self._calls() == names if sequential is None else sequential
+
+    def observe(self, block: Block | None, linears: Sequence[Linear], see: Callable) -> None:
+        """`see(part, inputs (tokens, in), expert)` for all the data, padding left out; a block of None runs the whole
+        model.
+        """
+        with parts.observe(linears, see) as run:
+            for index, batch in enumerate(self.data.batches()):
+                self._run(lambda batch: run(self.model, batch), batch, index, block if self.sequential else None)
+
+    def grams(self, block: Block | None, linears: Sequence[Linear]) -> Iterator[tuple[Linear, list[Tensor | None]]]:
+        """(part, X^T X of its inputs in float32, one per expert or just one), None where no token came, in order."""
+        for group in self._passes(linears):
+            sums: dict[tuple[str, int | None], Tensor] = {}
+
+            def see(part, x, expert):
+                x = x.float()
+                gram = sums.setdefault((part.name, expert), x.new_zeros(x.shape[1], x.shape[1]))
+                gram.addmm_(x.mT, x)
+
+            self.observe(block, group, see)
+            for part in group:
+                yield part, [sums.pop((part.name, expert), None) for expert in (range(part.experts) or [None])]
+
+    def advance(self, block: Block) -> None:
+        """Record the block's output on all the data; the blocks after it will see that."""
+        if self.sequential and block is not self.blocks[-1]:
+            run = torch.no_grad()(lambda batch: self.model(**batch))
+            for index, batch in enumerate(self.data.batches()):
+                if not self.outputs.has(block, index):
+                    self.outputs.put(block, index, self._run(run, batch, index, block))
+            self.done.add(block.name)
+
+    def _passes(self, linears: Sequence[Linear]) -> list[list[Linear]]:
+        """The linears to observe together."""
+        if not self.frugal:
+            return [list(linears)]
+        sizes = [gram_bytes(part) for part in linears]
+        groups: list[list[Linear]] = []
+        left = 0
+        for part, size in zip(linears, sizes):
+            if size > left:
+                groups.append([])
+                left = max(sizes)
+            groups[-1].append(part)
+            left -= size
+        return groups
+
+    def _run(self, run: Callable, batch: dict, index: int, stop: Block | None):
+        """One forward pass, up to the end of the block `stop`, whose output is returned."""
+        batch = _on(self.device, batch)
+        seen = []
+
+        def reached(module, args, output):
+            seen.append(output)
+            raise _Reached
+
+        with ExitStack() as stack:
+            kept = {}
+            for block in self.blocks:
+                if stop is not None and block.module is stop.module:
+                    break
+                if stop is not None or block.name in self.done:
+                    if block.stack not in kept:
+                        kept[block.stack] = self.outputs.get(block.stack, index)
+                    stack.enter_context(_recorded(block.module, kept[block.stack]))
+            if stop is not None:
+                handle = stop.module.register_forward_hook(reached)
+                stack.callback(handle.remove)
+            try:
+                run(batch)
+            except _Reached:
+                return seen[0]
+
+    def _calls(self) -> list[str]:
+        """Names of the blocks in the order in which the model calls them, from a run over the first item that ends
+        where an output head begins.
+        """
+        called = []
+
+        def reached(*_):
+            raise _Reached
+
+        with ExitStack() as stack, torch.no_grad():
+            for block in self.blocks:
+                handle = block.module.register_forward_pre_hook(lambda *_, name=block.name: called.append(name))
+                stack.callback(handle.remove)
+            head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+            if head is not None:
+                stack.callback(head.register_forward_pre_hook(reached).remove)
+            batch = next(self.data.take([0]).batches())
+            try:
+                self.model(**_on(self.device, batch))
+            except _Reached:
+                pass
+        return called
+
+
+def inside(linears: Sequence[Linear], block: Block) -> list[Linear]:
+    """Those of `linears` that are in the block."""
+    return [part for part in linears if part.name.startswith(f"{block.name}.")]
+
+
+def outside(linears: Sequence[Linear], model: nn.Module) -> list[Linear]:
+    """Those of `linears` that are in no block."""
+    within = tuple(f"{block.name}." for block in parts.blocks(model))
+    return [part for part in linears if not part.name.startswith(within)]
+
+
+def gram_bytes(part: Linear) -> int:
+    """Bytes of the matrices X^T X of a linear."""
+    return 4 * part.in_features**2 * max(1, part.experts)
+
+
+def map_tensors(function: Callable[[Tensor], Any], nest: Any) -> Any:
+    """`nest` with `function` applied to every tensor in its tuples and lists.
+
+    >>> map_tensors(len, (torch.zeros(2), None))
+    (2, None)
+    """
+    if isinstance(nest, Tensor):
+        return function(nest)
+    return type(nest)(map_tensors(function, one) for one in nest) if type(nest) in (tuple, list) else nest
+
+
+@cache
+def _recorded_class(cls: type) -> type:
+    return type(f"Recorded{cls.__name__}", (_Recorded, cls), {"__module__": __name__})
+
+
+@contextmanager
+def _recorded(module: nn.Module, output):
+    cls = type(module)
+    module.__class__ = _recorded_class(cls)
+    module.__dict__["_recorded"] = (output,)
+    try:
+        yield
+    finally:
+        module.__class__ = cls
+        del module.__dict__["_recorded"]
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in batch.items()}
