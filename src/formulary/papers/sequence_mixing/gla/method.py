@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from formulary.contracts.layer import Layer, State
 from formulary.errors import FormularyError, UsageError
-from formulary.papers.sequence_mixing._parts import chunked_scan, projections, recurrent_step, wide
+from formulary.papers.sequence_mixing._parts import projections, recurrent_step, scan, wide
 
 
 class GatedLinearAttention(Layer):
@@ -89,13 +89,13 @@ class GatedLinearAttention(Layer):
     def scan(
         self, x: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"] | None, state: State
     ) -> tuple[Float[Tensor, "B L D"], State]:
-        """In chunks. Where `mask` is False a token has no key and no decay, so the state passes it unchanged."""
+        """In one kernel (`kernels.scan`). Where `mask` is False a token has no key and no decay, so the state passes it unchanged."""
         q, k, v, g = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self._inputs(x))
         if mask is not None:
             padding = ~mask[:, None, :, None]
             k, v, g = k.masked_fill(padding, 0), v.masked_fill(padding, 0), g.masked_fill(padding, 0)
         with torch.autocast(x.device.type, enabled=False):
-            out, after = chunked_scan(q, k, v, g, state[0])
+            out, after = scan(q, k, v, g, state[0])
         return self._output(out.transpose(1, 2), x), (after,)
 
     def step(self, x: Float[Tensor, "B D"], state: State) -> tuple[Float[Tensor, "B D"], State]:
