@@ -35,6 +35,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/decoder.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/scans.py
 	$(BIN)/python benchmarks/pareto.py
 
 clean:

@@ -32,8 +32,8 @@ from formulary.contracts.transform import check_range
 from formulary.errors import UsageError
 from formulary.kernels.block_sparse import block_sparse_attention, dense_attention
 
-CHUNK = 1 << 26
-"""Sampled scores computed at a time; bounds the memory of scoring (256 MB)."""
+CHUNK, ROWS = 1 << 26, 512
+"""Sampled scores, and rows of them, computed at a time: bounds the memory of scoring (256 MB), and causal rows stop early."""
 
 
 class XAttention(Attention):
@@ -165,17 +165,22 @@ def antidiagonal_scores(
 def _block_scores(query: Tensor, key: Tensor, bias: Tensor | None, allowed: Tensor, scale: float, cells: int) -> Tensor:
     """Softmax of the strided scores over the keys, summed in squares of cells x cells, some rows at a time."""
     batch, heads, tiles, _ = query.shape
-    step = max(1, CHUNK // (batch * heads * key.shape[2] * cells)) * cells
-    rows = []
+    step = max(1, min(ROWS, CHUNK // (batch * heads * key.shape[2])) // cells) * cells
+    scores = query.new_zeros(batch, heads, tiles // cells, key.shape[2] // cells, dtype=torch.float32)
     for start in range(0, tiles, step):
-        part = slice(start, start + step)
-        hidden = ~allowed[:, :, part]
-        logits = (query[:, :, part] @ key.mT).float() * scale
+        rows = slice(start, start + step)
+        used = allowed[:, :, rows].flatten(0, 2).any(0).nonzero()[:, 0]
+        if not len(used):
+            continue
+        seen = slice(0, -(-(int(used[-1]) + 1) // cells) * cells)
+        hidden = ~allowed[:, :, rows, seen]
+        logits = (query[:, :, rows] @ key[:, :, seen].mT).float().mul_(scale)
         if bias is not None:
-            logits = logits + bias[:, :, part]
+            logits += bias[:, :, rows, seen]
         weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1).masked_fill_(hidden, 0)
-        rows.append(weights.unflatten(3, (-1, cells)).sum(-1).unflatten(2, (-1, cells)).sum(3))
-    return torch.cat(rows, dim=2)
+        sums = weights.unflatten(3, (-1, cells)).sum(-1).unflatten(2, (-1, cells)).sum(3)
+        scores[:, :, start // cells : (start + step) // cells, : seen.stop // cells] = sums
+    return scores
 
 
 def choose(
