@@ -170,7 +170,7 @@ SECTIONS = {
 
 def main() -> None:
     arms = {name: lambda lengths, arm=arm: arm(lengths == "mixed") for name, arm in ARMS.items()}
-    side_by_side.run(__file__, __doc__, arms, OURS, SECTIONS, facts={"cosine": "cosine to fp32"}, rounds=15)
+    side_by_side.run(__file__, __doc__, arms, (OURS,), SECTIONS, facts={"cosine": "cosine to fp32"}, rounds=15)
 
 
 if __name__ == "__main__":

@@ -78,20 +78,30 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} logical cores, one thread"
 
 
-def table(found: dict, ours: str, items: int, unit: str, facts: dict[str, str]) -> str:
-    """Markdown, fastest first: items per second, how many times as fast `ours` is, and the chosen facts."""
+def table(
+    found: dict, ours: tuple[str, ...], items: int, unit: str, facts: dict[str, str], limit: str | None = None
+) -> str:
+    """Markdown, fastest first: items per second, how many times as fast each of `ours` is, and the chosen facts that any arm has.
+
+    With `limit`, an arm that only reads, the share of the memory's speed at which each arm reads its "MB" of weights an item.
+    """
     line = lambda *cells: "| " + " | ".join(cells) + " |"
-    rows = [line("", f"{unit}/s", f"{ours} is", *facts.values()), "|---" * (3 + len(facts)) + "|"]
+    ours = tuple(name for name in ours if name in found)
+    facts = {key: title for key, title in facts.items() if any(key in one["facts"] for one in found.values())}
+    rows = [line("", f"{unit}/s", *(f"{name} is" for name in ours), *facts.values(), *(["of the memory's speed"] if limit else []))]
+    rows += ["|---" * (2 + len(ours) + len(facts) + bool(limit)) + "|"]
     for name, one in sorted(found.items(), key=lambda pair: float(np.median(pair[1]["cpu"]))):
-        middle, low, high = ratio(found, ours, name)
-        times = "" if name == ours else f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+        times = ["" if name == mine else "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(found, mine, name)) for mine in ours]
         shown = ["" if one["facts"].get(key) is None else f"{one['facts'][key]:.4g}" for key in facts]
-        label = f"**{name}**" if name == ours else name
-        rows.append(line(label, f"{items / float(np.median(one['cpu'])):.4g}", times, *shown))
+        if limit:
+            part = "MB" in one["facts"] and limit in found and one["facts"]["MB"] / found[limit]["facts"]["MB"]
+            shown.append(f"{part * ratio(found, name, limit)[0]:.0%}" if part else "")
+        label = f"**{name}**" if name in ours else name
+        rows.append(line(label, f"{items / float(np.median(one['cpu'])):.4g}", *times, *shown))
     return "\n".join(rows)
 
 
-def plot(found: dict, ours: str, items: int, unit: str, path: Path) -> None:
+def plot(found: dict, ours: tuple[str, ...], items: int, unit: str, path: Path) -> None:
     """Items per second of every arm, one dot a round."""
     import matplotlib
 
@@ -102,7 +112,7 @@ def plot(found: dict, ours: str, items: int, unit: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(names) + 1.2))
     for row, name in enumerate(names):
         speeds = items / np.array(found[name]["cpu"])
-        color = "tab:orange" if name == ours else "tab:blue"
+        color = "tab:orange" if name in ours else "tab:blue"
         axes.barh(row, float(np.median(speeds)), color=color, alpha=0.5)
         axes.plot(speeds, np.full(len(speeds), row), "o", color=color, markersize=3)
     axes.set_yticks(range(len(names)), names)
@@ -114,16 +124,20 @@ def plot(found: dict, ours: str, items: int, unit: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Section:
-    """A setting in which all arms but those in `without` are measured; `items` is how many one call works on."""
+    """A setting in which all arms but those in `without` are measured; `items` is how many one call works on; `limit` is the arm
+    that only reads.
+    """
 
     title: str
     items: int
     unit: str
     without: tuple[str, ...] = ()
+    limit: str | None = None
 
 
 def run(
-    script: str, doc: str, arms: dict[str, Callable], ours: str, sections: dict[str, Section], *, facts: dict[str, str], rounds: int
+    script: str, doc: str, arms: dict[str, Callable], ours: tuple[str, ...], sections: dict[str, Section], *, facts: dict[str, str],
+    rounds: int,
 ) -> None:
     """The command line of a benchmark: an arm's own process with `--arm SECTION: NAME`, else all of them, a table and a
     plot for each section; `arms` take the section's name.
@@ -143,7 +157,7 @@ def run(
         chosen = options.only or [arm for arm in arms if arm not in section.without]
         found = measure(script, [f"{name}: {arm}" for arm in chosen], options.rounds)
         found = {arm.partition(": ")[2]: one for arm, one in found.items()}
-        shown = table(found, ours, section.items, section.unit, facts)
+        shown = table(found, ours, section.items, section.unit, facts, section.limit)
         print(shown, flush=True)
         if options.only:
             continue

@@ -49,10 +49,21 @@ def test_the_table_has_the_ratio_within_rounds(side_by_side, tmp_path):
     drift = np.array([1.0, 2.0, 3.0, 1.5, 1.0, 2.5])
     found = {"ours": {"facts": {"cosine": 0.999}, "cpu": drift}, "peer": {"facts": {}, "cpu": 3 * drift}}
     assert side_by_side.ratio(found, "ours", "peer") == (3.0, 3.0, 3.0)
-    rows = side_by_side.table(found, "ours", 7, "texts", {"cosine": "cosine"}).splitlines()
+    rows = side_by_side.table(found, ("ours",), 7, "texts", {"cosine": "cosine", "other": "nobody has it"}).splitlines()
     assert rows[2] == "| **ours** | 4 |  | 0.999 |" and rows[3] == "| peer | 1.333 | 3.00x [3.00, 3.00] |  |"
-    side_by_side.plot(found, "ours", 7, "texts", tmp_path / "plot.png")
+    side_by_side.plot(found, ("ours",), 7, "texts", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_table_says_how_close_to_the_memory_an_arm_comes(side_by_side):
+    drift = np.array([1.0, 2.0, 3.0, 1.5, 1.0, 2.5])
+    arm = lambda times, **facts: {"facts": facts, "cpu": times * drift}
+    found = {"a": arm(4, MB=50.0), "b": arm(2, MB=20.0), "read": arm(1, MB=20.0), "peer": arm(5)}
+    rows = side_by_side.table(found, ("a", "b", "absent"), 6, "tokens", {"MB": "MB"}, "read").splitlines()
+    assert rows[0] == "|  | tokens/s | a is | b is | MB | of the memory's speed |" and rows[1].count("---") == 6
+    assert rows[2] == "| read | 3.429 | 0.25x [0.25, 0.25] | 0.50x [0.50, 0.50] | 20 | 100% |"
+    assert rows[3:5] == ["| **b** | 1.714 | 0.50x [0.50, 0.50] |  | 20 | 50% |", "| **a** | 0.8571 |  | 2.00x [2.00, 2.00] | 50 | 62% |"]
+    assert rows[5] == "| peer | 0.6857 | 1.25x [1.25, 1.25] | 2.50x [2.50, 2.50] |  |  |"
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder"])

@@ -1,9 +1,12 @@
 """Whole blocks in one kernel against their plain twin, at odd sizes, on every path that this processor has."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from formulary.kernels import blocks, int8
+from formulary.kernels import blocks, int4, int8
 
 pytestmark = pytest.mark.skipif(not blocks.available(), reason="no native path on this processor")
 LEVELS = [level for level in (1, 2) if level <= int8.level()]
@@ -16,23 +19,34 @@ SIZES = [  # width, inner width, heads, groups, width of a head, norm first, gat
 ]
 
 
-def linear(generator, inputs: int, outputs: int, bias: bool = True) -> int8.Linear:
+KINDS = [8, 32, 64, 1000]  # 8 bits, or 4 bits in groups of so many inputs
+
+
+def linear(generator, inputs: int, outputs: int, kind: int, bias: bool = True) -> blocks.Linear:
+    offset = 0.1 * torch.randn(outputs, generator=generator) if bias else None
+    if kind > 8:
+        groups = -(-inputs // kind)
+        codes, zero = (torch.randint(0, 16, (outputs, n), generator=generator).to(torch.uint8) for n in (inputs, groups))
+        scale = (0.05 + 0.15 * torch.rand(outputs, groups, generator=generator)).half().float()
+        scale[:, 0] = 0.25  # in units of which, a power of two, the others are kept in half precision: exactly
+        scale *= 2.0 ** round(-math.log2(inputs) / 2)
+        order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)) if kind == 64 else None
+        return int4.Linear(codes, scale, zero, offset, kind, order)
     weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
     scale = weight.abs().amax(1) / 127
-    offset = 0.1 * torch.randn(outputs, generator=generator) if bias else None
     return int8.Linear((weight / scale[:, None]).round().to(torch.int8), scale, offset, 2.0)
 
 
-def made(size, seed: int = 0) -> tuple[blocks.Block, torch.Generator]:
+def made(size, kind: int = 8, seed: int = 0) -> tuple[blocks.Block, torch.Generator]:
     width, inner, heads, groups, each, first, gated, activation, rms = size
     g = torch.Generator().manual_seed(seed)
     norm = lambda: blocks.Norm(
         1 + 0.1 * torch.randn(width, generator=g), None if rms else 0.1 * torch.randn(width, generator=g), 1e-5
     )
     block = blocks.Block(
-        linear(g, width, heads * each), linear(g, width, groups * each, False), linear(g, width, groups * each),
-        linear(g, heads * each, width), linear(g, width, inner), linear(g, width, inner) if gated else None,
-        linear(g, inner, width), norm(), norm(), activation, first, heads, groups, each, each**-0.5,
+        linear(g, width, heads * each, kind), linear(g, width, groups * each, kind, False), linear(g, width, groups * each, kind),
+        linear(g, heads * each, width, kind), linear(g, width, inner, kind), linear(g, width, inner, kind) if gated else None,
+        linear(g, inner, width, kind), norm(), norm(), activation, first, heads, groups, each, each**-0.5,
     )  # fmt: skip
     return block, g
 
@@ -44,10 +58,12 @@ def same(seen: torch.Tensor, wanted: torch.Tensor, level: int) -> bool:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_encoding_is_the_plain_block(size, level, monkeypatch):
+def test_encoding_is_the_plain_block(size, kind, level, monkeypatch):
     monkeypatch.setattr(int8, "level", lambda: level)
-    block, g = made(size)
+    block, g = made(size, kind)
+    assert blocks.fits(block)
     if size[2] != size[3]:
         seen, wanted = grouped(block, g)
     else:
@@ -59,39 +75,68 @@ def test_encoding_is_the_plain_block(size, level, monkeypatch):
 def grouped(block: blocks.Block, g) -> tuple[torch.Tensor, torch.Tensor]:
     """Heads that share keys and values: the same block with these repeated for each."""
     x, starts = torch.randn(40, 48, generator=g), torch.tensor([0, 40])
+    names = ("codes", "scale", "zero", "bias")
     repeat = lambda one: one._replace(
-        **{name: None if value is None else value.repeat(3, *[1] * (value.ndim - 1)) for name, value in one._asdict().items() if name != "threshold"}
+        **{name: None if value is None else value.repeat(3, *[1] * (value.ndim - 1)) for name, value in one._asdict().items() if name in names}
     )
     wide = blocks.Block(**{**vars(block), "key": repeat(block.key), "value": repeat(block.value), "groups": 3})
     return blocks.Native(block).encode(x, starts), blocks.plain_encode(wide, x, starts)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("batch", "length", "past"), [(1, 40, 0), (1, 1, 7), (2, 3, 5), (2, 17, 9), (1, 100, 130)])
-def test_decoding_is_the_plain_block(batch, length, past, level, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch", "length", "past"), [(1, 40, 0), (1, 1, 7), (2, 1, 33), (1, 3, 70), (2, 3, 5), (2, 17, 9), (1, 100, 130)])
+def test_decoding_is_the_plain_block(batch, length, past, kind, level, monkeypatch):
     monkeypatch.setattr(int8, "level", lambda: level)
     for size in (SIZES[1], (64, 70, 4, 2, 16, True, True, "SiLU", True)):
-        block, g = made(size)
+        block, g = made(size, kind)
         groups, each = size[3], size[4]
         x = torch.randn(batch, length, size[0], generator=g)
         cosine, sine = (torch.randn(batch, length, each // 2, generator=g).repeat(1, 1, 2) for _ in range(2))
         caches = [torch.randn(batch, groups, past + length + 3, each, generator=g) for _ in range(2)]
-        plain = [cache.clone() for cache in caches]
-        native = blocks.Native(block)
-        assert same(native.decode(x, cosine, sine, *caches, past), blocks.plain_decode(block, x, cosine, sine, *plain, past), level)
-        for seen, wanted in zip(caches, plain):
+        memory = torch.stack(caches)[None]
+        seen = blocks.Stack([blocks.Native(block)]).decode(x, cosine, sine, memory, past)
+        assert same(seen, blocks.plain_decode(block, x, cosine, sine, *caches, past), level)
+        for seen, wanted in zip(memory[0], caches):
             torch.testing.assert_close(seen, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [(8, 8, 8), (8, 32, 1000)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_stack_is_its_blocks_one_after_the_other(kinds, normed):
+    some = [made(SIZES[1], kind, seed)[0] for seed, kind in enumerate(kinds)]
+    norm, g = some[0].norm1, torch.Generator().manual_seed(9)
+    x, cosine, sine = torch.randn(2, 5, 48, generator=g), *torch.randn(2, 1, 5, 20, generator=g)
+    memory = torch.randn(3, 2, 2, 1, 16, 20, generator=g)
+    apart = memory.clone()
+    seen = blocks.Stack([*map(blocks.Native, some)], norm).decode(x, cosine, sine, memory, 6, normed=normed)
+    wanted = x
+    for i, block in enumerate(some):
+        wanted = blocks.Stack([blocks.Native(block)]).decode(wanted, cosine, sine, apart[i : i + 1], 6)
+    assert torch.equal(memory, apart)
+    torch.testing.assert_close(seen, norm(wanted) if normed else wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_the_kernel_does_not_cover_are_told_apart():
+    block, other = made(SIZES[1], 64)[0], made(SIZES[1], 8)[0]
+    assert blocks.fits(block) and blocks.fits(other)
+    turned = block.key._replace(order=block.key.order.flip(0))
+    for change in (
+        {"down": other.down}, {"key": turned}, {"key": block.key._replace(order=None)}, {"gate": block.gate._replace(group_size=32)}
+    ):  # fmt: skip
+        assert not blocks.fits(replace(block, **change))
+    assert not blocks.fits(replace(other, key=other.key._replace(threshold=3.0)))
 
 
 def test_room_that_is_too_small_is_refused():
     block, _ = made(SIZES[1])
-    cache = torch.zeros(1, 1, 4, 20)
     with pytest.raises(ValueError, match="room"):
-        blocks.Native(block).decode(torch.zeros(1, 2, 48), *torch.zeros(2, 1, 2, 20), cache, cache, 3)
+        blocks.Stack([blocks.Native(block)]).decode(torch.zeros(1, 2, 48), *torch.zeros(2, 1, 2, 20), torch.zeros(1, 2, 1, 1, 4, 20), 3)
 
 
-def test_sequences_do_not_see_each_other_and_threads_change_nothing():
-    block, g = made(SIZES[0])
+@pytest.mark.parametrize("kind", [8, 32])
+def test_sequences_do_not_see_each_other_and_threads_change_nothing(kind):
+    block, g = made(SIZES[0], kind)
     x, starts = torch.randn(700, 384, generator=g), torch.tensor([0, 300, 301, 700])
     native, before, seen = blocks.Native(block), torch.get_num_threads(), []
     try:

@@ -1,18 +1,29 @@
-// One Transformer block with int8 linears (int8.hpp) over sequences that stand one after the other: what passes between its
-// parts stays in the cache. Plain twin: blocks.py.
-#include "int8.hpp"
+// One Transformer block with int8 or 4-bit linears (int8.hpp, int4.hpp) over sequences that stand one after the other: what passes
+// between its parts stays in the cache. Plain twin: blocks.py.
+#include "int4.hpp"
 #include "vectors.hpp"
 
 #ifdef HAS_INT8
 using namespace formulary;
 
-struct Block {                    // as in blocks.py
-    Linear joint, out, up, down;  // joint: queries, keys and values; up: with a gate, 16 gates and 16 values in turns
+struct Shape {                                         // as in blocks.py
     const float *weight1, *shift1, *weight2, *shift2;  // norms; a null shift makes it an RMSNorm
     float eps1, eps2, scale;
-    int32_t norm_first, activation, gated;  // activation 0: GELU, 1: GELU by tanh, 2: SiLU, 3: ReLU, 4: x sigmoid(1.702 x)
+    int32_t bits, norm_first, activation, gated;  // activation 0: GELU, 1: GELU by tanh, 2: SiLU, 3: ReLU, 4: x sigmoid(1.702 x)
     int64_t heads, groups, width;
 };
+
+template <class L>
+struct Block : Shape {
+    L joint, out, up, down;  // joint: queries, keys and values; up: with a gate, 16 gates and 16 values in turns
+};
+
+// run(block) with the linears that the block has.
+template <class Run>
+static inline void with_linears(const Shape& shape, Run run) {
+    if (shape.bits == 4) run(static_cast<const Block<Linear4>&>(shape));
+    else run(static_cast<const Block<Linear>&>(shape));
+}
 
 static inline __m512 vector_exp(__m512 x) {
     v16 y;
@@ -256,14 +267,19 @@ static void attend_vectors(View query, int64_t queries, int64_t many, View key, 
 
 // ---------------------------------------------------------------- the block
 
+inline Rows rows_of(const Linear&) { return {}; }
+inline Rows4 rows_of(const Linear4&) { return {}; }
+
+template <class L>
 struct Work {
-    Rows rows;
+    decltype(rows_of(L())) rows;
     Head head;
-    std::vector<float> middle, inner, sum, normed;
+    std::vector<float> middle, inner, normed;
 };
 
-static Work& work() {
-    thread_local Work mine;
+template <class L>
+static Work<L>& work() {
+    thread_local Work<L> mine;
     return mine;
 }
 
@@ -274,9 +290,10 @@ static inline void add_and_put(float* to, const float* residual, int64_t n, int6
 }
 
 // Rows of the block's input to queries, keys and values (count, joint.outputs).
-static void project(const Block& b, const float* x, int64_t count, bool amx, float* joint, Work& w) {
+template <class L>
+static void project(const Block<L>& b, const float* x, int64_t count, bool amx, float* joint, Work<L>& w) {
     const int64_t n = b.joint.inputs;
-    w.rows.start(b.joint.deep);
+    w.rows.start(b.joint);
     float* normed = grown(w.normed, n);
     for (int64_t r = 0; r < count; ++r) {
         const float* row = x + r * n;
@@ -284,7 +301,7 @@ static void project(const Block& b, const float* x, int64_t count, bool amx, flo
             normalize(row, n, b.weight1, b.shift1, b.eps1, normed);
             row = normed;
         }
-        w.rows.quantize(r, row, n, b.joint.threshold);
+        w.rows.quantize(r, row, b.joint);
     }
     multiply(b.joint, w.rows, count, amx, [&](int64_t r, int64_t o, const __m512* out) {
         put(joint + r * apart(b.joint.outputs), o, b.joint.outputs, out);
@@ -292,18 +309,19 @@ static void project(const Block& b, const float* x, int64_t count, bool amx, flo
 }
 
 // What attention gave for some rows, and their input x, to the block's output y.
-static void finish(const Block& b, const float* attended, const float* x, int64_t count, bool amx, float* y, Work& w) {
-    const int64_t n = b.out.outputs, inside = b.down.inputs, across = apart(n), wide = apart(b.up.wide);
+template <class L>
+static void finish(const Block<L>& b, const float* attended, const float* x, int64_t count, bool amx, float* y, Work<L>& w) {
+    const int64_t n = b.out.outputs, across = apart(n), wide = apart(b.up.wide);
     float *middle = grown(w.middle, ROWS * across), *inner = grown(w.inner, ROWS * wide), *normed = grown(w.normed, n);
-    w.rows.start(b.out.deep);
-    for (int64_t r = 0; r < count; ++r) w.rows.quantize(r, attended + r * apart(b.out.inputs), b.out.inputs, b.out.threshold);
+    w.rows.start(b.out);
+    for (int64_t r = 0; r < count; ++r) w.rows.quantize(r, attended + r * apart(b.out.inputs), b.out);
     multiply(b.out, w.rows, count, amx, [&](int64_t r, int64_t o, const __m512* out) { add_and_put(middle + r * across, x + r * n, o, n, out); });
-    w.rows.start(b.up.deep);
+    w.rows.start(b.up);
     for (int64_t r = 0; r < count; ++r) {
         float* row = middle + r * across;
         if (!b.norm_first) normalize(row, n, b.weight1, b.shift1, b.eps1, row);
         else normalize(row, n, b.weight2, b.shift2, b.eps2, normed);
-        w.rows.quantize(r, b.norm_first ? normed : row, n, b.up.threshold);
+        w.rows.quantize(r, b.norm_first ? normed : row, b.up);
     }
     multiply(b.up, w.rows, count, amx, [&](int64_t r, int64_t o, const __m512* out) {
         float* to = inner + r * wide;
@@ -314,16 +332,16 @@ static void finish(const Block& b, const float* attended, const float* x, int64_
             _mm512_storeu_ps(to + o + 16, activate(b.activation, out[1]));
         }
     });
-    w.rows.start(b.down.deep);
-    for (int64_t r = 0; r < count; ++r) w.rows.quantize(r, inner + r * wide, inside, b.down.threshold);
+    w.rows.start(b.down);
+    for (int64_t r = 0; r < count; ++r) w.rows.quantize(r, inner + r * wide, b.down);
     multiply(b.down, w.rows, count, amx, [&](int64_t r, int64_t o, const __m512* out) { add_and_put(y + r * n, middle + r * across, o, n, out); });
     if (!b.norm_first)
         for (int64_t r = 0; r < count; ++r) normalize(y + r * n, n, b.weight2, b.shift2, b.eps2, y + r * n);
 }
 
 // x (tokens, n) -> y (tokens, n); sequence s holds the tokens starts[s] to starts[s + 1], and all of them see each other.
-extern "C" void encode(const Block* block, const float* x, const int64_t* starts, int64_t sequences, int32_t level, float* y) {
-    const Block& b = *block;
+template <class L>
+static void encode_block(const Block<L>& b, const float* x, const int64_t* starts, int64_t sequences, int32_t level, float* y) {
     const int64_t n = b.joint.inputs, joined = apart(b.joint.outputs), attended = apart(b.heads * b.width), many = b.heads / b.groups;
     static thread_local std::vector<float> memory;
     for (int64_t from = 0, to; from < sequences; from = to) {
@@ -334,7 +352,7 @@ extern "C" void encode(const Block* block, const float* x, const int64_t* starts
 #pragma omp parallel if (tokens > ROWS)
         {
             const Tiles tiles(level == 2);
-            Work& w = work();
+            Work<L>& w = work<L>();
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < tokens; r += ROWS)
                 project(b, x + (base + r) * n, std::min(ROWS, tokens - r), level == 2, joint + r * joined, w);
@@ -359,6 +377,10 @@ extern "C" void encode(const Block* block, const float* x, const int64_t* starts
                 finish(b, context + r * attended, x + (base + r) * n, std::min(ROWS, tokens - r), level == 2, y + (base + r) * n, w);
         }
     }
+}
+
+extern "C" void encode(const Shape* block, const float* x, const int64_t* starts, int64_t sequences, int32_t level, float* y) {
+    with_linears(*block, [&](const auto& b) { encode_block(b, x, starts, sequences, level, y); });
 }
 
 // ---------------------------------------------------------------- decoding
@@ -413,9 +435,9 @@ static void attend_one(const float* query, const float* keys, const float* value
 
 // x (batch, length, n) -> y alike, causal, with rotary cosine and sine (batch, length, width). keys and values (batch, groups, room,
 // width) hold `past` tokens and receive `length` more.
-extern "C" void decode(const Block* block, const float* x, int64_t batch, int64_t length, const float* cosine, const float* sine,
-                       float* keys, float* values, int64_t room, int64_t past, int32_t level, float* y) {
-    const Block& b = *block;
+template <class L>
+static void decode_block(const Block<L>& b, const float* x, int64_t batch, int64_t length, const float* cosine, const float* sine,
+                         float* keys, float* values, int64_t room, int64_t past, int32_t level, float* y) {
     const int64_t n = b.joint.inputs, joined = apart(b.joint.outputs), attended = apart(b.heads * b.width), many = b.heads / b.groups;
     const int64_t rows = batch * length, width = b.width;
     static thread_local std::vector<float> memory;
@@ -423,7 +445,7 @@ extern "C" void decode(const Block* block, const float* x, int64_t batch, int64_
 #pragma omp parallel if (rows > FEW)
     {
         const Tiles tiles(level == 2 && rows > FEW);
-        Work& w = work();
+        Work<L>& w = work<L>();
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t count = std::min(ROWS, rows - r);
@@ -463,5 +485,19 @@ extern "C" void decode(const Block* block, const float* x, int64_t batch, int64_
         for (int64_t r = 0; r < rows; r += ROWS)
             finish(b, context + r * attended, x + r * n, std::min(ROWS, rows - r), level == 2, y + r * n, w);
     }
+}
+
+// All blocks of a stack, one after the other, and what norms the last one's output, if anything. memory, `step` floats apart for each
+// block, holds its keys and values (2, batch, groups, room, width); rows are of n values.
+extern "C" void decode(const Shape* const* blocks, int64_t count, const float* x, int64_t batch, int64_t length, int64_t n,
+                       const float* cosine, const float* sine, float* memory, int64_t step, int64_t room, int64_t past, const float* weight,
+                       const float* shift, float eps, int32_t level, float* y) {
+    for (int64_t i = 0; i < count; ++i, memory += step)
+        with_linears(*blocks[i], [&](const auto& b) {
+            float* values = memory + batch * b.groups * room * b.width;
+            decode_block(b, i ? y : x, batch, length, cosine, sine, memory, values, room, past, level, y);
+        });
+    if (weight)
+        for (int64_t r = 0; r < batch * length; ++r) normalize(y + r * n, n, weight, shift, eps, y + r * n);
 }
 #endif

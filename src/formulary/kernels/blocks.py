@@ -1,10 +1,10 @@
-"""A whole Transformer block with int8 linears, in C++ compiled at first use: what passes between its parts stays in the cache.
+"""A whole Transformer block with int8 or 4-bit linears, in C++ compiled at first use: what passes between its parts stays in the cache.
 
     post-norm: m = norm1(x + out(attention(x))),  y = norm2(m + down(act(up(m))))
     pre-norm:  m = x + out(attention(norm1(x))),  y = m + down(act(up(norm2(m))))
 
-Linears are those of `kernels.int8`; attention runs on AMX tiles in bfloat16 with float32 sums, elsewhere in float32. The
-plain twin is the same block in PyTorch.
+Linears are those of `kernels.int8` or of `kernels.int4`; attention runs on AMX tiles in bfloat16 with float32 sums,
+elsewhere in float32. The plain twin is the same block in PyTorch.
 """
 
 import ctypes
@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from formulary.kernels import encoder, int8
-from formulary.kernels.int8 import Linear
+from formulary.kernels import encoder, int4, int8
 from formulary.kernels.native import library
+
+Linear = int8.Linear | int4.Linear
 
 ACTIVATIONS = {
     "GELUActivation": (0, nn.functional.gelu),
@@ -49,7 +50,7 @@ class Norm(NamedTuple):
 @dataclass(frozen=True)
 class Block:
     """What a block computes: `activation` is a class name of ACTIVATIONS; queries have `heads` heads of `width`, keys and
-    values `groups`.
+    values `groups`. All linears are of one kind, and those of one input have the same groups and order of it.
     """
 
     query: Linear
@@ -80,7 +81,7 @@ def plain_encode(block: Block, x: Float[Tensor, "T D"], starts: Int[Tensor, "n"]
 
 
 def plain_decode(block: Block, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
-    """The twin of `Native.decode`."""
+    """The twin of `Stack.decode` for one block, `keys` and `values` (B,G,room,K)."""
     length = x.shape[1]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -116,22 +117,52 @@ def _plain_block(block: Block, x: Tensor, attend: Callable) -> Tensor:
 
 
 def _plain(linear: Linear, x: Tensor) -> Tensor:
-    return int8.plain_linear(x, *linear)
+    return (int8 if isinstance(linear, int8.Linear) else int4).plain_linear(x, *linear)
+
+
+def fits(block: Block) -> bool:
+    """Whether the kernel covers the linears of a block: all of one kind, and those of one input alike."""
+    b = block
+    if len({type(x) for x in (b.query, b.key, b.value, b.out, b.up, b.gate or b.up, b.down)}) > 1:
+        return False
+    return _alike(b.query, b.key, b.value) and (b.gate is None or _alike(b.gate, b.up))
+
+
+def _alike(*linears: Linear) -> bool:
+    one = linears[0]
+    if isinstance(one, int8.Linear):
+        return all(x.threshold == one.threshold for x in linears)
+    return all(x.group_size == one.group_size and _same(x.order, one.order) for x in linears)
+
+
+def _same(order: Tensor | None, other: Tensor | None) -> bool:
+    return order is other or order is not None and other is not None and torch.equal(order, other)
 
 
 # ---------------------------------------------------------------- native
 
 
-class _Struct(ctypes.Structure):
-    """`Block` of blocks.cpp."""
+class _Shape(ctypes.Structure):
+    """`Shape` of blocks.cpp."""
 
     _fields_ = [
-        *[(name, int8.Struct) for name in ("joint", "out", "up", "down")],
         *[(name, ctypes.c_void_p) for name in ("weight1", "shift1", "weight2", "shift2")],
         *[(name, ctypes.c_float) for name in ("eps1", "eps2", "scale")],
-        *[(name, ctypes.c_int32) for name in ("norm_first", "activation", "gated")],
+        *[(name, ctypes.c_int32) for name in ("bits", "norm_first", "activation", "gated")],
         *[(name, ctypes.c_int64) for name in ("heads", "groups", "width")],
     ]
+
+
+class _Int8Block(_Shape):
+    """`Block<Linear>` of blocks.cpp."""
+
+    _fields_ = [(name, int8.Struct) for name in ("joint", "out", "up", "down")]
+
+
+class _Int4Block(_Shape):
+    """`Block<Linear4>` of blocks.cpp."""
+
+    _fields_ = [(name, int4.Struct) for name in ("joint", "out", "up", "down")]
 
 
 class Native:
@@ -141,13 +172,13 @@ class Native:
         b = block
         up = b.up if b.gate is None else _in_turns(b.gate, b.up)
         self.weights = [_packed(_joined(b.query, b.key, b.value)), _packed(b.out), _packed(up), _packed(b.down)]
-        self.norms = [None if x is None else x.detach().float().contiguous()
-                      for norm in (b.norm1, b.norm2) for x in (norm.weight, norm.shift)]  # fmt: skip
+        self.norms = [_float(x) for norm in (b.norm1, b.norm2) for x in (norm.weight, norm.shift)]
         self.groups, self.width = b.groups, b.width
-        self.struct = _Struct(
-            *(weights.struct for weights in self.weights), *(None if x is None else x.data_ptr() for x in self.norms),
-            b.norm1.eps, b.norm2.eps, b.scale, b.norm_first, ACTIVATIONS[b.activation][0], b.gate is not None,
-            b.heads, b.groups, b.width,
+        kind, bits = (_Int8Block, 8) if isinstance(b.out, int8.Linear) else (_Int4Block, 4)
+        self.struct = kind(
+            *(None if x is None else x.data_ptr() for x in self.norms), b.norm1.eps, b.norm2.eps, b.scale,
+            bits, b.norm_first, ACTIVATIONS[b.activation][0], b.gate is not None, b.heads, b.groups, b.width,
+            *(weights.struct for weights in self.weights),
         )  # fmt: skip
 
     def encode(self, x: Float[Tensor, "T D"], starts: Int[Tensor, "n"]) -> Float[Tensor, "T D"]:
@@ -158,29 +189,44 @@ class Native:
         _library().encode(at, x.data_ptr(), starts.data_ptr(), len(starts) - 1, int8.level(), out.data_ptr())
         return out
 
+
+class Stack:
+    """Blocks that run one after the other in one call, and the norm of what comes out, if any."""
+
+    def __init__(self, blocks: list[Native], norm: Norm | None = None):
+        self.blocks, self.groups, self.width = blocks, blocks[0].groups, blocks[0].width
+        self.norm = None if norm is None else Norm(_float(norm.weight), _float(norm.shift), norm.eps)
+        self.structs = (ctypes.c_void_p * len(blocks))(*(ctypes.addressof(block.struct) for block in blocks))
+
     def decode(
         self,
         x: Float[Tensor, "B L D"],
         cosine: Float[Tensor, "#B L K"],
         sine: Float[Tensor, "#B L K"],
-        keys: Float[Tensor, "B G room K"],
-        values: Float[Tensor, "B G room K"],
+        memory: Float[Tensor, "blocks 2 B G room K"],
         past: int,
+        normed: bool = False,
     ) -> Float[Tensor, "B L D"]:
-        """The causal block over L tokens that follow `past` others, whose rotated keys and values `keys` and `values` hold;
-        those of the L tokens are written behind them. As `plain_decode`.
+        """The causal blocks over L tokens that follow `past` others, whose rotated keys and values `memory` holds for each
+        block; those of the L tokens are written behind them. As `plain_decode`, one block after the other; then, when
+        `normed`, the norm.
         """
-        batch, length, _ = x.shape
-        room = keys.shape[2]
-        if not (keys.is_contiguous() and values.is_contiguous() and past + length <= room):
-            raise ValueError(f"{past} + {length} tokens need contiguous keys and values with room for them, got {tuple(keys.shape)}")
+        (batch, length, features), room = x.shape, memory.shape[4]
+        if not (memory[0].is_contiguous() and past + length <= room):
+            raise ValueError(f"{past} + {length} tokens need contiguous memory with room for them, got {tuple(memory.shape)}")
         x, cosine, sine = x.contiguous(), _spread(cosine, batch), _spread(sine, batch)
         out = torch.empty_like(x)
+        weight, shift, eps = self.norm if normed else (None, None, 0.0)
         _library().decode(
-            ctypes.byref(self.struct), x.data_ptr(), batch, length, cosine.data_ptr(), sine.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), room, past, int8.level(), out.data_ptr(),
+            self.structs, len(self.blocks), x.data_ptr(), batch, length, features, cosine.data_ptr(), sine.data_ptr(),
+            memory.data_ptr(), memory.stride(0), room, past, *(None if x is None else x.data_ptr() for x in (weight, shift)), eps,
+            int8.level(), out.data_ptr(),
         )  # fmt: skip
         return out
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
 
 
 def _spread(x: Tensor, batch: int) -> Tensor:
@@ -192,22 +238,23 @@ def available() -> bool:
     return int8.level() > 0 and _library() is not None
 
 
-def _packed(linear: Linear) -> int8.Weights:
-    return int8.Weights(*linear)
+def _packed(linear: Linear) -> int8.Weights | int4.Weights:
+    return int8.Weights(*linear) if isinstance(linear, int8.Linear) else int4.Weights(linear)
+
+
+PER_OUTPUT = ("codes", "scale", "zero", "bias")
 
 
 def _joined(*linears: Linear) -> Linear:
     """Linears of one input as one, their outputs one after the other."""
-    biases = [x.scale.new_zeros(len(x.scale)) if x.bias is None else x.bias for x in linears]
-    return Linear(
-        torch.cat([x.codes for x in linears]), torch.cat([x.scale for x in linears]), torch.cat(biases), linears[0].threshold
-    )
+    biases = [x.scale.new_zeros(len(x.codes)) if x.bias is None else x.bias for x in linears]
+    linears = [x._replace(bias=bias) for x, bias in zip(linears, biases)]
+    return _over_outputs(lambda *parts: torch.cat(parts), *linears)
 
 
 def _in_turns(gate: Linear, up: Linear) -> Linear:
     """16 outputs of the gate, 16 of the other, and so on, padded with zeros."""
-    both = _joined(gate, up)
-    half, inputs = up.codes.shape
+    half = len(up.codes)
     rows = -(-half // 16) * 16
 
     def turns(x: Tensor) -> Tensor:
@@ -215,7 +262,13 @@ def _in_turns(gate: Linear, up: Linear) -> Linear:
         whole[:, :half] = x.unflatten(0, (2, half))
         return whole.unflatten(1, (rows // 16, 16)).transpose(0, 1).flatten(0, 2)
 
-    return Linear(turns(both.codes), turns(both.scale), turns(both.bias), up.threshold)
+    return _over_outputs(turns, _joined(gate, up))
+
+
+def _over_outputs(change: Callable, *linears: Linear) -> Linear:
+    """The first linear, what it has for each output changed: change(of the first, of the second, ...)."""
+    names = [name for name in PER_OUTPUT if name in linears[0]._fields]
+    return linears[0]._replace(**{name: change(*(getattr(x, name) for x in linears)) for name in names})
 
 
 @cache
@@ -225,6 +278,8 @@ def _library() -> ctypes.CDLL | None:
     if made is not None and int8.level():
         memory, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         made.encode.argtypes, made.encode.restype = [memory, memory, memory, size, number, memory], None
-        made.decode.argtypes = [memory, memory, size, size, *[memory] * 4, size, size, number, memory]
+        made.decode.argtypes = [
+            memory, size, memory, *[size] * 3, *[memory] * 3, *[size] * 3, memory, memory, ctypes.c_float, number, memory
+        ]  # fmt: skip
         made.decode.restype = None
     return made

@@ -38,8 +38,8 @@ extern "C" void linear(const Linear* weights, const float* x, int64_t rows, int3
 #pragma omp for schedule(static)
         for (int64_t start = 0; start < rows; start += ROWS) {
             const int64_t count = std::min(ROWS, rows - start);
-            some.start(w.deep);
-            for (int64_t r = 0; r < count; ++r) some.quantize(r, x + (start + r) * w.inputs, w.inputs, w.threshold);
+            some.start(w);
+            for (int64_t r = 0; r < count; ++r) some.quantize(r, x + (start + r) * w.inputs, w);
             multiply(w, some, count, level == 2, [&](int64_t r, int64_t n, const __m512* out) {
                 put(y + (start + r) * w.outputs, n, w.outputs, out);
             });

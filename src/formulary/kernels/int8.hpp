@@ -44,15 +44,17 @@ struct Rows {
     std::vector<float> value;
     int64_t deep = 0;
 
-    void start(int64_t padded) {
-        deep = padded;
+    void start(const Linear& w) {
+        deep = w.deep;
         integers.resize(ROWS * deep);
         column.clear();
         value.clear();
         first[0] = 0;
     }
 
-    void quantize(int64_t r, const float* x, int64_t n, float threshold) {
+    void quantize(int64_t r, const float* x, const Linear& w) {
+        const int64_t n = w.inputs;
+        const float threshold = w.threshold;
         const __m512i positive = _mm512_set1_epi32(0x7fffffff);
         int32_t limit;
         std::memcpy(&limit, &threshold, 4);
@@ -151,25 +153,63 @@ struct Tiles {
 };
 #endif
 
+// sum + four products of unsigned and signed bytes, in every lane. In assembly, since GCC moves the sums of the intrinsic from register
+// to register and to memory, which halves the speed; so do loops over sums that it does not unroll early.
+static inline __m512i dot(__m512i sum, __m512i u, __m512i s) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+    return sum;
+}
+#define UNROLLED _Pragma("GCC unroll 16")
+#define APART __attribute__((noinline)) static
+
+static inline __m512i four_of(const int8_t* x) {  // four bytes, in every lane
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
 // The same for N rows with VNNI, whose left operand is unsigned: 128 more, taken off again.
 template <int N>
-static inline void vector_sums(const int8_t* a, int64_t deep, const int8_t* b, const int32_t* more, int32_t* sums) {
+APART void vector_sums(const int8_t* a, int64_t deep, const int8_t* b, const int32_t* more, int32_t* sums) {
     const int8_t* second = b + 16 * deep;
+    const __m512i high = _mm512_set1_epi32(0x80808080);
     __m512i total[N][2];
-    for (int r = 0; r < N; ++r) total[r][0] = total[r][1] = _mm512_setzero_si512();
+    UNROLLED for (int r = 0; r < N; ++r) total[r][0] = total[r][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < deep; k += 4) {
         const __m512i w0 = _mm512_loadu_si512(b + 16 * k), w1 = _mm512_loadu_si512(second + 16 * k);
-        for (int r = 0; r < N; ++r) {
-            int32_t four;
-            std::memcpy(&four, a + r * deep + k, 4);
-            const __m512i x = _mm512_set1_epi32(four ^ 0x80808080);
-            total[r][0] = _mm512_dpbusd_epi32(total[r][0], x, w0);
-            total[r][1] = _mm512_dpbusd_epi32(total[r][1], x, w1);
+        UNROLLED for (int r = 0; r < N; ++r) {
+            const __m512i x = _mm512_xor_si512(four_of(a + r * deep + k), high);
+            total[r][0] = dot(total[r][0], x, w0);
+            total[r][1] = dot(total[r][1], x, w1);
         }
     }
-    for (int r = 0; r < N; ++r)
-        for (int h = 0; h < 2; ++h)
+    UNROLLED for (int r = 0; r < N; ++r)
+        UNROLLED for (int h = 0; h < 2; ++h)
             _mm512_storeu_si512(sums + 32 * r + 16 * h, _mm512_sub_epi32(total[r][h], _mm512_loadu_si512(more + 16 * h)));
+}
+
+// The same for a few rows, as in decoding: 16 outputs after the other, so that the weights are read in one stream, past the caches,
+// where what the caller works with can stay.
+constexpr int64_t AHEAD = 4096;
+template <int N>
+APART void stream_sums(const int8_t* a, int64_t deep, const int8_t* b, const int32_t* more, int32_t* sums) {
+    constexpr int M = N == 1 ? 4 : N == 2 ? 2 : 1;  // sums of a row, so that none waits for itself
+    const __m512i high = _mm512_set1_epi32(0x80808080);
+    for (int h = 0; h < 2; ++h, b += 16 * deep) {
+        __m512i total[N][M];
+        UNROLLED for (int r = 0; r < N; ++r) UNROLLED for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_si512();
+        for (int64_t k = 0; k < deep; k += 4 * M)
+            UNROLLED for (int m = 0; m < M; ++m) {
+                _mm_prefetch(reinterpret_cast<const char*>(b + 16 * k + 64 * m + AHEAD), _MM_HINT_NTA);
+                const __m512i w = _mm512_loadu_si512(b + 16 * k + 64 * m);
+                UNROLLED for (int r = 0; r < N; ++r)
+                    total[r][m] = dot(total[r][m], _mm512_xor_si512(four_of(a + r * deep + k + 4 * m), high), w);
+            }
+        UNROLLED for (int r = 0; r < N; ++r) {
+            UNROLLED for (int m = 1; m < M; ++m) total[r][0] = _mm512_add_epi32(total[r][0], total[r][m]);
+            _mm512_storeu_si512(sums + 32 * r + 16 * h, _mm512_sub_epi32(total[r][0], _mm512_loadu_si512(more + 16 * h)));
+        }
+    }
 }
 
 // finish(row, output, values) for every row and, 32 at a time, every output of w, padded ones too.
@@ -190,7 +230,13 @@ static inline void multiply_panel(const Linear& w, const Rows& x, int64_t rows, 
         {
             int64_t r = 0;
             for (; r + 8 <= count; r += 8) vector_sums<8>(a + r * w.deep, w.deep, panel, w.sums + n, sums + 32 * r);
-            for (; r < count; ++r) vector_sums<1>(a + r * w.deep, w.deep, panel, w.sums + n, sums + 32 * r);
+            const int8_t* rest = a + r * w.deep;
+            for (; r + FEW <= count; r += FEW, rest += FEW * w.deep) stream_sums<FEW>(rest, w.deep, panel, w.sums + n, sums + 32 * r);
+            switch (count - r) {
+                case 3: stream_sums<3>(rest, w.deep, panel, w.sums + n, sums + 32 * r); break;
+                case 2: stream_sums<2>(rest, w.deep, panel, w.sums + n, sums + 32 * r); break;
+                case 1: stream_sums<1>(rest, w.deep, panel, w.sums + n, sums + 32 * r); break;
+            }
         }
         for (int64_t r = 0; r < count; ++r) {
             const int64_t row = start + r;

@@ -19,6 +19,7 @@ from formulary.contracts.edits import Editor, Replacement
 from formulary.contracts.parts import Linear
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
+from formulary.kernels import int4
 
 MIN_FEATURES = 8
 """A linear with fewer inputs is left alone: its scales would weigh as much as its codes."""
@@ -251,6 +252,17 @@ class PackedLinear(_Packed):
     def weight(self) -> Float[Tensor, "out in"]:
         """The dequantized weight (out_features, in_features)."""
         return self.dense()
+
+    def int4(self) -> int4.Linear | None:
+        """The parts, for a kernel that runs a whole block; None for more than 4 bits."""
+        if self.grid.bits > 4:
+            return None
+        codes, zero = unpack(self.codes, self.grid.bits)[:, : self.in_features], self.zero
+        if zero is None:
+            zero = torch.full_like(self.scale, 2 ** (self.grid.bits - 1), dtype=torch.uint8)
+        order = None if self.group_index is None else torch.argsort(self.group_index, stable=True)
+        codes = codes if order is None else codes[:, order]
+        return int4.Linear(codes, self.scale, zero, self.bias, self.grid.columns(self.in_features), order)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return F.linear(x, self.weight, self.bias)

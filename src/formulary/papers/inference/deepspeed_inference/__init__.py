@@ -1,1 +1,1 @@
-from .method import DeepSpeedInference, FusedAttention, FusedBlock, Streamed, Unpadded
+from .method import DeepSpeedInference, FusedAttention, FusedBlock, FusedStack, Streamed, Unpadded

@@ -1,14 +1,18 @@
-"""Attention, or a whole block, in one native kernel."""
+"""Attention, a whole block, or a whole stack of blocks in one native kernel."""
 
-from weakref import WeakKeyDictionary
+import threading
+from collections.abc import Callable
+from operator import attrgetter, is_
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from formulary.contracts import Attention, BlockEdit, layouts
 from formulary.errors import FormularyError
-from formulary.kernels import blocks, encoder, int8
+from formulary.kernels import blocks, encoder
 
 from . import caching
 from .packing import PACKED
@@ -53,7 +57,8 @@ def _starts(batch: int, length: int, device: torch.device) -> Int[Tensor, "n"]:
 
 
 class FusedBlock:
-    """Runs a block in one kernel as soon as all its linears are int8 (`int8()`), by becoming the block's class.
+    """Runs a block in one kernel as soon as all its linears are in integers (`int8()` or `int4()`), by becoming the
+    block's class.
 
     What the kernel does not cover runs as before: gradients, a mask, a cache of another kind than `DynamicCache`, hooks on
     what is inside, other edits of the block, a causal block in bfloat16.
@@ -70,116 +75,291 @@ class FusedBlock:
         return block
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
-        plain = self._plain_call(hidden_states, attention_mask) and all(x is None for x in args)
-        if plain and (packed := self._packed()) is not None:
-            run = self._decode if packed.causal else self._encode
-            out = run(packed.native, hidden_states, **kwargs)
-            if out is not None:
+        if RUNNING.left:
+            return RUNNING.passed(self, hidden_states, attention_mask, kwargs)
+        out = None
+        if attention_mask is None and all(x is None for x in args):
+            out = self._natively(hidden_states, kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs) if out is None else out
+
+    def _natively(self, hidden: Tensor, kwargs: dict) -> Tensor | None:
+        """What all blocks of the running stack give when this is its first one, else this one alone; None where the kernel
+        does not cover it.
+        """
+        if torch.compiler.is_compiling() or hidden.device.type != "cpu" or torch.is_grad_enabled() and hidden.requires_grad:
+            return None
+        modules = RUNNING.stack.blocks() if RUNNING.stack is not None else [self]
+        if modules[0] is self and len(modules) > 1 and (stack := _packed_stack(RUNNING.stack, modules)) is not None:
+            return _decode(stack, modules, hidden, RUNNING.ahead, **kwargs)
+        native = _packed_block(self)
+        if native is None:
+            return None
+        if layouts.find(self).causal:
+            return _decode(blocks.Stack([native]), [self], hidden, _at_once, **kwargs)
+        return _encode(native, hidden, **kwargs)
+
+
+def _encode(native: blocks.Native, hidden: Float[Tensor, "B L D"], **kwargs) -> Float[Tensor, "B L D"] | None:
+    if any(isinstance(x, Tensor) for x in kwargs.values()) or kwargs.get("cache") is not None:
+        return None
+    batch, length, width = hidden.shape
+    starts = _starts(batch, length, hidden.device)
+    out = native.encode(hidden.detach().float().reshape(batch * length, width), starts)
+    return out.to(hidden.dtype).view(batch, length, width)
+
+
+def _decode(
+    stack: blocks.Stack,
+    modules: list[nn.Module],
+    hidden: Float[Tensor, "B L D"],
+    hand_over: Callable,
+    *,
+    cache=None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs,
+) -> Float[Tensor, "B L D"] | None:
+    """What `modules` give; `hand_over(output, position_embeddings, finish)` calls `finish` when the cache may show it."""
+    if hidden.dtype != torch.float32 or position_embeddings is None:
+        return None
+    batch, length, _ = hidden.shape
+    shape = (batch, stack.groups, length, stack.width)
+    if cache is None:  # keys and values are of no use to anybody else: all blocks have the same place for them
+        memory = hidden.new_empty(1, 2, *shape).expand(len(modules), -1, -1, -1, -1, -1)
+        return hand_over(stack.decode(hidden, *position_embeddings, memory, 0), position_embeddings, lambda: None)
+    room = caching.room_for(cache, modules[0].self_attn.layer_idx, len(modules), shape)
+    if room is None:
+        return None
+
+    def finish() -> None:
+        room.past, room.writer, room.unchecked = room.past + length, ref(stack), 0
+
+    return hand_over(stack.decode(hidden, *position_embeddings, room.memory, room.past), position_embeddings, finish)
+
+
+def _at_once(output: Tensor, positions: tuple[Tensor, Tensor], finish: Callable[[], None]) -> Tensor:
+    finish()
+    return output
+
+
+# ---------------------------------------------------------------- all blocks of a stack at once
+
+
+class Astray(Exception):
+    """A stack asked something else of its blocks than what the first one had computed for all."""
+
+
+class Running(threading.local):
+    """The `FusedStack` whose forward is running, and how far: `result` is what all its blocks gave, `left` are those that are
+    still to be asked, the last one first.
+    """
+
+    stack: "FusedStack | None" = None
+    left: list[nn.Module] = []
+
+    def start(self, stack: "FusedStack | None") -> None:
+        self.stack, self.left, self.result, self.positions, self.finish = stack, [], None, None, None
+
+    def ahead(self, result: Tensor, positions: tuple[Tensor, Tensor], finish: Callable[[], None]) -> Tensor:
+        """The first block gave what all give."""
+        self.left, self.result, self.positions, self.finish = self.stack.blocks()[:0:-1], result, positions, finish
+        return result
+
+    def passed(self, block: nn.Module, hidden: Tensor, mask: Tensor | None, kwargs: dict) -> Tensor:
+        """The next block is asked."""
+        expected = self.left.pop() is block and hidden is self.result
+        if not expected or mask is not None or kwargs.get("position_embeddings") is not self.positions:
+            raise Astray
+        if not self.left:
+            self.finish()
+        return hidden
+
+
+RUNNING = Running()
+
+
+class FusedStack:
+    """Runs all blocks of a causal stack in one call of the kernel, by becoming the stack's class: its first block computes
+    what all give, and the others pass that on.
+
+    When the stack asks anything else of them (only some, in another order, not what the block before gave), all is done
+    again block by block. Once a cache was written in one call, the tokens that follow run without the stack's own forward,
+    which would take as long as a third of the weights; what the blocks are made of is then looked at with every CHECKED-th.
+    """
+
+    @classmethod
+    def attach(cls, model: nn.Module, name: str, blocks: str) -> nn.Module:
+        """Swap the class of the stack `name`, whose blocks are the list `blocks` in it."""
+        stack = model.get_submodule(name)
+        if isinstance(stack, cls):
+            raise FormularyError(f"{name} already runs its blocks at once: deepspeed-inference cannot be applied twice")
+        base = type(stack)  # whose name the new class keeps, since transformers looks up by it what can be recorded
+        stack.__class__ = type(base.__name__, (cls, base), {"__module__": base.__module__, "__qualname__": base.__qualname__})
+        stack.fused_blocks = blocks
+        return stack
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self._modules[self.fused_blocks]._modules.values())
+
+    def forward(self, *args, **kwargs):
+        if RUNNING.stack is not None or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        out = None if args else self._continued(**kwargs)
+        if out is not None:
+            return out
+        RUNNING.start(self)
+        try:
+            out = super().forward(*args, **kwargs)
+            if not RUNNING.left:
                 return out
-        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        except Astray:
+            pass
+        finally:
+            RUNNING.start(None)
+        return super().forward(*args, **kwargs)
 
-    def _encode(self, native: blocks.Native, hidden: Float[Tensor, "B L D"], **kwargs) -> Float[Tensor, "B L D"] | None:
-        if any(isinstance(x, Tensor) for x in kwargs.values()) or kwargs.get("cache") is not None:
-            return None
-        batch, length, width = hidden.shape
-        starts = _starts(batch, length, hidden.device)
-        out = native.encode(hidden.detach().float().reshape(batch * length, width), starts)
-        return out.to(hidden.dtype).view(batch, length, width)
-
-    def _decode(
+    def _continued(
         self,
-        native: blocks.Native,
-        hidden: Float[Tensor, "B L D"],
         *,
+        input_ids: Int[Tensor, "B L"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache=None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        use_cache: bool | None = None,
         **kwargs,
-    ) -> Float[Tensor, "B L D"] | None:
-        if hidden.dtype != torch.float32 or position_embeddings is None:
+    ) -> BaseModelOutputWithPast | None:
+        """The next tokens of a generation that is under way, or None."""
+        packed = _STACKS.get(self, (None, None))[1]
+        if packed is None or packed.norm is None or torch.is_grad_enabled() or self.training or input_ids is None:
             return None
-        batch, length, _ = hidden.shape
-        index = self.self_attn.layer_idx
-        if cache is None:
-            keys, values = (hidden.new_empty(batch, native.groups, length, native.width) for _ in range(2))
-            return native.decode(hidden, *position_embeddings, keys, values, 0)
-        room = caching.room(cache, index, (batch, native.groups, length, native.width))
-        if room is None:
+        room = caching.room_of(cache, *input_ids.shape)
+        if room is None or room.writer() is not packed or room.unchecked >= CHECKED or any(kwargs.values()) or _observed(self.config):
             return None
-        out = native.decode(hidden, *position_embeddings, room.keys, room.values, room.past)
-        room.show(cache.layers[index], length)
-        return out
-
-    def _plain_call(self, hidden: Tensor, mask: Tensor | None) -> bool:
-        """Whether this call asks for nothing but the block's output."""
-        if self.training or mask is not None or torch.compiler.is_compiling() or hidden.device.type != "cpu":
-            return False
-        if torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in self.parameters())):
-            return False
-        return not isinstance(self, BlockEdit)
-
-    def _packed(self) -> "Packed | None":
-        """The packed block, packed again when something in it was changed; None when it cannot run natively."""
-        made = _PACKED.get(self)
-        if made is None or not made.is_what(self):
-            layout = layouts.find(self)
-            block = None if layout is None else described(layout)
-            made = Packed(self, layout, block) if block is not None and blocks.available() else None
-            if made is None or not made.is_what(self):  # somebody's hooks are inside
-                return None
-            _PACKED[self] = made
-        return made
+        past, (_, length) = room.past, input_ids.shape
+        if attention_mask is not None and not (attention_mask.shape[1:] == (past + length,) and attention_mask.all()):
+            return None
+        positions = torch.arange(past, past + length)[None]
+        if position_ids is not None and not torch.equal(position_ids, positions.expand_as(position_ids)):
+            return None
+        hidden = self.embed_tokens(input_ids)
+        if hidden.dtype != torch.float32:
+            return None
+        out = packed.decode(hidden, *self.rotary_emb(hidden, position_ids=positions), room.memory, past, normed=True)
+        room.past, room.unchecked = past + length, room.unchecked + 1
+        return BaseModelOutputWithPast(last_hidden_state=out, cache=cache)
 
 
-class Packed:
-    """A block as the kernel takes it, and what it was made from."""
+CHECKED = 16
 
-    def __init__(self, module: nn.Module, layout: layouts.Layout, block: blocks.Block):
-        self.native, self.causal = blocks.Native(block), layout.causal
-        self.children = [
-            (parent._modules, name, child, type(child))
-            for parent in module.modules()
-            for name, child in parent._modules.items()
-            if child is not None
+
+def _observed(config) -> bool:
+    """Whether the model gives more than its last states, or gives them as a tuple."""
+    return config.output_hidden_states or config.output_attentions or not config.return_dict
+
+
+def _final_norm(stack: nn.Module) -> nn.Module | None:
+    """What norms the last block's output in a stack that does nothing else than embed, run its blocks and norm."""
+    plain = any(base.__name__ in ("LlamaModel", "Qwen2Model") and base.__module__.startswith("transformers.models.") for base in type(stack).__mro__)
+    return stack.norm if plain else None
+
+
+# ---------------------------------------------------------------- packed blocks
+
+VERSION, TRAINING, THRESHOLD = attrgetter("_version"), attrgetter("training"), attrgetter("threshold")
+
+
+class Origin:
+    """What packed blocks were made from. It is asked for every token, hence the lists that C loops over; it holds no block,
+    so that these can go.
+    """
+
+    def __init__(self, modules: list[nn.Module]):
+        self.blocks, self.block_kinds = [ref(block) for block in modules], [*map(type, modules)]
+        every = [part for block in modules for part in block.modules()]
+        self.parts = [part for part in every if all(part is not block for block in modules)]
+        self.kinds = [*map(type, self.parts)]
+        held = [
+            (members, name, x)
+            for part in every
+            for members in (part._modules, part._parameters, part._buffers)
+            for name, x in members.items()
+            if x is not None
         ]
-        self.tensors = [
-            (held, name, tensor, int8.version(tensor))
-            for part in module.modules()
-            for held in (part._parameters, part._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
-        ]
-        self.thresholds = [(linear, linear.int8().threshold) for linear in layout.linears]
+        self.holders, self.names, self.held = ([*column] for column in zip(*held))
+        self.counted = [x for x in self.held if isinstance(x, Tensor) and not x.is_inference()]
+        self.versions = [*map(VERSION, self.counted)]
+        self.trained = [x for x in self.held if isinstance(x, nn.Parameter)]
+        self.linears = [part for part in self.parts if hasattr(part, "int8")]
+        self.thresholds = [*map(THRESHOLD, self.linears)]
+        watched = self.parts if len(modules) == 1 else every  # who looks at a block alone sees what it gives alone
+        self.hooks = [hooks for part in watched for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
-    def is_what(self, module: nn.Module) -> bool:
-        """Whether the block is still made of the same modules and values, and nobody looks at what flows inside."""
-        for modules, name, child, kind in self.children:
-            if modules.get(name) is not child or type(child) is not kind or child._forward_hooks or child._forward_pre_hooks:
-                return False
-        if any(linear.threshold != threshold for linear, threshold in self.thresholds):
-            return False
-        return all(held.get(name) is tensor and int8.version(tensor) == seen for held, name, tensor, seen in self.tensors)
+    def is_current(self, modules: list[nn.Module]) -> bool:
+        """Whether `modules` are still these blocks, made of the same modules and values."""
+        return (
+            [block() for block in self.blocks] == modules
+            and all(map(is_, map(type, modules), self.block_kinds))
+            and all(map(is_, map(type, self.parts), self.kinds))
+            and all(map(is_, map(dict.get, self.holders, self.names), self.held))
+            and [*map(VERSION, self.counted)] == self.versions
+            and [*map(THRESHOLD, self.linears)] == self.thresholds
+        )
+
+    def is_plain(self, modules: list[nn.Module]) -> bool:
+        """Whether nobody trains, or looks at what flows inside."""
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in self.trained)
+        return not trains and not any(self.hooks) and not any(map(TRAINING, modules))
 
 
-_PACKED: WeakKeyDictionary = WeakKeyDictionary()
-"""What `FusedBlock`s packed, beside the modules, so that these can be copied and saved."""
+_BLOCKS: WeakKeyDictionary = WeakKeyDictionary()
+_STACKS: WeakKeyDictionary = WeakKeyDictionary()
+"""(origin, packed) of blocks and of stacks, beside the modules, so that these can be copied and saved; packed is None where the
+kernel does not cover them.
+"""
+
+
+def _packed_block(block: nn.Module, observed: bool = False) -> blocks.Native | None:
+    """The packed block, packed again when something in it was changed; None when it cannot run natively now."""
+    origin, native = _BLOCKS.get(block, (None, None))
+    if origin is None or not origin.is_current([block]):
+        found = layouts.find(block) if blocks.available() and not isinstance(block, BlockEdit) else None
+        described_ = None if found is None else described(found)
+        origin, native = _BLOCKS[block] = Origin([block]), None if described_ is None else blocks.Native(described_)
+    return native if native is not None and (observed or origin.is_plain([block])) else None
+
+
+def _packed_stack(stack: FusedStack, modules: list[nn.Module]) -> blocks.Stack | None:
+    """The same for all blocks of a stack."""
+    origin, packed = _STACKS.get(stack, (None, None))
+    modules = [*modules, *([norm] if (norm := _final_norm(stack)) is not None else [])]
+    if origin is None or not origin.is_current(modules):
+        natives = [_packed_block(block, observed=True) if isinstance(block, FusedBlock) else None for block in stack.blocks()]
+        origin, packed = _STACKS[stack] = Origin(modules), None if None in natives else blocks.Stack(natives, None if norm is None else _norm(norm))
+    return packed if packed is not None and origin.is_plain(modules) else None
 
 
 def described(layout: layouts.Layout) -> blocks.Block | None:
-    """The block as the kernel takes it; None unless its linears are int8 and the rest is of a known kind."""
-    if any(not hasattr(linear, "int8") for linear in layout.linears):
-        return None
-    if type(layout.activation).__name__ not in blocks.ACTIVATIONS:
+    """The block as the kernel takes it; None unless its linears are in integers and the rest is of a known kind."""
+    if type(layout.activation).__name__ not in blocks.ACTIVATIONS or any(not _has_integers(x) for x in layout.linears):
         return None
     norms = [_norm(norm) for norm in (layout.norm1, layout.norm2)]
-    if None in norms:
+    linears = {name: _integers(getattr(layout, name)) for name in ("query", "key", "value", "out", "up", "down")}
+    gate = None if layout.gate is None else _integers(layout.gate)
+    if None in norms or None in linears.values() or (gate is None) != (layout.gate is None):
         return None
-    query, key, value, out, up, down = (
-        linear.int8() for linear in (layout.query, layout.key, layout.value, layout.out, layout.up, layout.down)
-    )
-    return blocks.Block(
-        query, key, value, out, up, None if layout.gate is None else layout.gate.int8(), down, *norms,
-        type(layout.activation).__name__, layout.norm_first, layout.heads, layout.groups, layout.width, layout.scale,
+    block = blocks.Block(
+        **linears, gate=gate, norm1=norms[0], norm2=norms[1], activation=type(layout.activation).__name__,
+        norm_first=layout.norm_first, heads=layout.heads, groups=layout.groups, width=layout.width, scale=layout.scale,
     )  # fmt: skip
+    return block if blocks.fits(block) else None
+
+
+def _has_integers(linear: nn.Module) -> bool:
+    return hasattr(linear, "int8") or hasattr(linear, "int4")
+
+
+def _integers(linear: nn.Module) -> blocks.Linear | None:
+    """A linear in integers, or None when it has more bits than the kernel takes."""
+    return linear.int8() if hasattr(linear, "int8") else linear.int4()
 
 
 def _norm(norm: nn.Module) -> blocks.Norm | None:

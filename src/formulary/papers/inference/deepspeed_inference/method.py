@@ -2,12 +2,13 @@
 
     fuse     softmax(q k' / sqrt(d)) v per sequence, its scores never leaving the cache; with padding removed between
              the first block and the last, sum(lengths) tokens instead of batch * longest; a block whose linears are
-             int8 (llm-int8, applied before or after) in one kernel from its input to its output
+             int8 (llm-int8, applied before or after) or at most 4-bit (gptq) in one kernel from its input to its
+             output, and all causal ones in one call
     stream   while block i computes, block i + 1 is read ahead; what block i read is given back when it is done
 
 Source: arXiv:2207.00032, sections 3 (kernels fused over tokens) and 6 (ZeRO-Inference). Its other parts (tensor,
 pipeline and expert parallelism, CUDA graphs) are for several GPUs. Outputs are those of the unchanged model; at padded
-positions they are zero instead of arbitrary.
+positions they are zero instead of arbitrary, and blocks of at most 4 bits round the inputs of their linears to 8 bits.
 
 Streaming works on a model loaded from disk (Linux), whose weights are then pages of its file: giving them back and
 reading ahead are hints to the kernel (madvise), which lose nothing that was written, and memory holds about two blocks
@@ -31,7 +32,7 @@ from formulary.contracts.edits import Editor
 from formulary.errors import FormularyError, UsageError
 from formulary.kernels import blocks, encoder, int8
 
-from .fused import FusedAttention, FusedBlock
+from .fused import FusedAttention, FusedBlock, FusedStack
 from .packing import Unpadded
 from .streaming import Streamed
 
@@ -79,8 +80,17 @@ class DeepSpeedInference(Transform):
                     report.changed(stack, 0, "padding left out")
                 else:
                     report.note(f"padding stays in {stack or type(model).__name__}: its forward takes no mask")
+        for stack in dict.fromkeys(block.stack for block in parts.blocks(model)):
+            owner, _, name = stack.rpartition(".")
+            inside = [block.module for block in parts.blocks(model) if block.stack == stack]
+            if owner and all(isinstance(block, FusedBlock) and layouts.find(block).causal for block in inside):
+                edit.edit(owner, FusedStack, blocks=name)
+                report.changed(owner, 0, "all blocks in one call")
         if whole and blocks.available():
-            report.note(f"{whole} blocks run in one kernel each once their linears are int8 ({int8.path()})")
+            report.note(
+                f"{whole} blocks run in one kernel each once their linears are int8 ({int8.path()}) or at most 4-bit (AVX-512"
+                " VNNI, their inputs rounded to 8 bits)"
+            )
         if encoder.path() != "C++":
             report.note(f"attention runs in {encoder.path()}: only padding is saved")
 

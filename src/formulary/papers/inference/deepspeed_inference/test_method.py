@@ -11,13 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import formulary
-from formulary.contracts import edits, parts
+from formulary.contracts import Data, edits, parts
 from formulary.errors import FormularyError, UsageError
 from formulary.kernels import blocks, encoder, int8
 from formulary.lab.small import inputs_for, tiny
 from formulary.papers.inference.deepspeed_inference import DeepSpeedInference
 from formulary.papers.inference.deepspeed_inference.packing import keys_seen, says_padding_alone
 from formulary.papers.inference.deepspeed_inference.streaming import advise, file_pages
+from formulary.papers.quantization.gptq import GPTQ
 from formulary.papers.quantization.llm_int8 import LLMInt8
 
 
@@ -112,12 +113,23 @@ def int8_pair(kind: str):
     return model, DeepSpeedInference().apply(copy.deepcopy(model))[0]
 
 
+def int4_pair(kind: str, dtype: torch.dtype = torch.float32, **settings):
+    """The same with weights of few bits in groups."""
+    model = tiny(kind)
+    with torch.no_grad():
+        for part in parts.linears(model):
+            part.raw.mul_(4)
+    batch = inputs_for(model, batch=8)
+    model, _ = GPTQ(**settings).apply(model.to(dtype), Data([{key: x[i] for key, x in batch.items()} for i in range(8)]))
+    return model, DeepSpeedInference().apply(copy.deepcopy(model))[0]
+
+
 def counted(monkeypatch) -> list[str]:
     """Names of the native kernels as they run."""
     calls = []
-    for name in ("encode", "decode"):
-        real = getattr(blocks.Native, name)
-        monkeypatch.setattr(blocks.Native, name, lambda *a, _real=real, _name=name: calls.append(_name) or _real(*a))
+    for owner, name in ((blocks.Native, "encode"), (blocks.Stack, "decode")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
     return calls
 
 
@@ -140,7 +152,7 @@ def test_int8_blocks_run_in_one_kernel(kind, monkeypatch):
 
 @native_only
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_int8_generation_runs_in_one_kernel_a_block_and_token(kind, monkeypatch):
+def test_int8_generation_runs_in_one_call_a_token(kind, monkeypatch):
     monkeypatch.setattr(int8, "level", lambda: 1)  # with attention in float32, so that no near-tie falls the other way
     calls = counted(monkeypatch)
     model, fused = int8_pair(kind)
@@ -148,13 +160,137 @@ def test_int8_generation_runs_in_one_kernel_a_block_and_token(kind, monkeypatch)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         seen, wanted = (m.generate(ids, return_dict_in_generate=True, output_logits=True, **settings) for m in (fused, model))
-        assert calls == ["decode"] * 12 * len(parts.blocks(model))
+        assert calls == ["decode"] * 12
         assert torch.equal(seen.sequences, wanted.sequences)
         torch.testing.assert_close(torch.stack(seen.logits), torch.stack(wanted.logits), atol=0.05, rtol=0.05)
         uncached = fused.generate(ids, use_cache=False, **settings)
         assert torch.equal(uncached, wanted.sequences)
         beams = [m.generate(ids, num_beams=3, **settings) for m in (fused, model)]
         assert torch.equal(*beams)
+
+
+FEW_BITS = [
+    {"bits": 4, "group_size": 16}, {"bits": 4}, {"bits": 3, "group_size": 8, "symmetric": True},
+    {"bits": 4, "group_size": 24, "act_order": True}, {"bits": 2, "group_size": 16, "act_order": True, "static_groups": True},
+]  # fmt: skip
+
+
+@native_only
+@pytest.mark.parametrize("settings", FEW_BITS, ids=str)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_blocks_of_few_bits_run_in_one_kernel(kind, settings, monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int4_pair(kind, **settings)
+    batch = {"input_ids": inputs_for(model)["input_ids"][:1, 4:]}
+    with torch.no_grad():
+        seen, wanted = fused(**batch)[0], model(**batch)[0]
+    assert calls == (["encode"] * len(parts.blocks(model)) if kind == "bert" else ["decode"])
+    assert 0 < float((seen - wanted).norm() / wanted.norm()) < 0.02, "inputs are rounded to 8 bits"
+
+
+@native_only
+def test_generation_with_few_bits_is_the_same_with_a_cache_and_without(monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int4_pair("llama", bits=4, group_size=16)
+    model, fused = (LLMInt8(head=True, threshold=1e30).apply(one)[0] for one in (model, fused))
+    ids = inputs_for(model)["input_ids"][:1, 4:]
+    settings = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        seen = fused.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)
+        assert calls == ["decode"] * 80
+        again = fused(seen.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]
+        torch.testing.assert_close(torch.stack(seen.logits, 1), again, atol=0.05, rtol=0.05)
+        assert float((again - model(seen.sequences[:, :-1]).logits[:, ids.shape[1] - 1 :]).norm() / again.norm()) < 0.03
+        settings["max_new_tokens"] = 6
+        assert torch.equal(fused.generate(ids, use_cache=False, **settings), seen.sequences[:, : ids.shape[1] + 6])
+
+
+@native_only
+@pytest.mark.parametrize(("settings", "dtype"), [({"bits": 5}, torch.float32), ({"bits": 4}, torch.bfloat16)], ids=str)
+def test_more_bits_and_causal_blocks_in_bfloat16_run_as_before(settings, dtype, monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int4_pair("llama", dtype, **settings)
+    ids = inputs_for(model)["input_ids"][:1, 4:]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids).logits, model(ids).logits, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=1e-5)
+    assert not calls
+
+
+@native_only
+def test_blocks_of_few_bits_in_bfloat16_run_in_one_kernel_where_they_are_not_causal(monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int4_pair("bert", torch.bfloat16, bits=4, group_size=16)
+    ids = inputs_for(model)["input_ids"][:1, :5]
+    with torch.no_grad():
+        seen, wanted = (one(ids).last_hidden_state.float() for one in (fused, model))
+    assert calls == ["encode"] * len(parts.blocks(model)) and float((seen - wanted).norm() / wanted.norm()) < 0.03
+
+
+@native_only
+def test_a_stack_that_asks_otherwise_gets_what_it_asks_for(monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int8_pair("llama")
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+    with torch.no_grad():
+        close(fused(ids).logits, model(ids).logits)
+        assert calls == ["decode"]
+        seen, wanted = (one(ids, output_hidden_states=True) for one in (fused, model))
+        assert len(seen.hidden_states) == len(wanted.hidden_states)
+        for a, b in zip(seen.hidden_states, wanted.hidden_states):
+            close(a, b)
+        for one in (fused, model):
+            one.config.num_hidden_layers = 1
+        seen, wanted = (one(ids, use_cache=True) for one in (fused, model))
+        close(seen.logits, wanted.logits)
+        assert seen.cache.get_seq_length() == 9
+        for one in (fused, model):
+            one.config.num_hidden_layers = 2
+            one.model.layers = torch.nn.ModuleList([*one.model.layers][::-1])
+            one.model.layers[0].self_attn.layer_idx, one.model.layers[1].self_attn.layer_idx = 0, 1
+        close(fused(ids).logits, model(ids).logits)
+    seen = []
+    handle = fused.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        fused(ids)
+        handle.remove()
+        close(seen[0], fused.model.layers[0](fused.model.embed_tokens(ids), position_embeddings=fused.model.rotary_emb(seen[0], torch.arange(9)[None])))
+        assert float((seen[0] - fused(ids, output_hidden_states=True).hidden_states[-1]).norm()) > 0.1
+
+
+@native_only
+def test_tokens_that_follow_are_what_the_whole_sequence_gives(monkeypatch):
+    """Step by step, with what callers may pass along, until the memory has grown; a changed weight is seen by the next prompt."""
+    calls = counted(monkeypatch)
+    _, fused = int8_pair("qwen2")
+    ids = torch.randint(3, 60, (2, 90), generator=torch.Generator().manual_seed(0))
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+    with torch.no_grad():
+        wanted, cache = fused(ids).logits, fused(ids[:, :4]).cache
+        for t in range(4, 90):
+            more = [
+                {}, {"attention_mask": torch.ones(2, t + 1, dtype=torch.long)}, {"position_ids": torch.full((2, 1), t)},
+                {"use_cache": True, "return_dict": True},
+            ][t % 4]  # fmt: skip
+            close(fused(ids[:, t : t + 1], cache=cache, **more).logits[:, 0], wanted[:, t])
+        assert calls == ["decode"] * 88 and cache.get_seq_length() == 90
+        assert cache.layers[1].keys.shape[2] == 90 and cache.layers[1].keys.dtype == torch.float32
+        # other positions, a mask that hides something, and states asked for are not passed over
+        turned = [fused(ids[:, :1], cache=copy.deepcopy(cache), position_ids=torch.full((2, 1), p)).logits for p in (90, 3)]
+        assert float((turned[0] - turned[1]).norm()) > 0.1
+        mask = torch.ones(2, 91, dtype=torch.long)
+        mask[:, 20:80] = 0
+        assert float((fused(ids[:, :1], cache=copy.deepcopy(cache), attention_mask=mask).logits - turned[0]).norm()) > 0.01
+        assert len(fused(ids[:, :1], cache=copy.deepcopy(cache), output_hidden_states=True).hidden_states) == 3
+        assert isinstance(fused(ids[:, :1], cache=copy.deepcopy(cache), return_dict=False), tuple)
+        norm = fused.model.norm
+        norm.weight.mul_(2)
+        close(fused(ids[:, :4]).logits, 2 * wanted[:, :4])
+        norm.weight.div_(2)
+        linear = fused.model.layers[1].mlp.down_proj
+        linear.store(-linear.weight)
+        assert float((fused(ids).logits - wanted).norm()) > 1
+    assert fused(ids[:, :4]).logits.requires_grad
 
 
 @native_only

@@ -172,7 +172,9 @@ class Int8Linear(Replacement):
         return int8.Linear(self.codes, self.scale, self.bias, self.threshold)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
+        return int8.linear(x, self.codes, self.scale, self.bias, self.threshold).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, threshold={self.threshold}"
