@@ -1,4 +1,5 @@
-"""A whole Transformer block with int8 or 4-bit linears, in C++ compiled at first use: what passes between its parts stays in the cache.
+"""A whole Transformer block with int8 or 4-bit linears, or a stack of them, in C++ compiled at first use: what passes between its
+parts stays in the cache.
 
     post-norm: m = norm1(x + out(attention(x))),  y = norm2(m + down(act(up(m))))
     pre-norm:  m = x + out(attention(norm1(x))),  y = m + down(act(up(norm2(m))))

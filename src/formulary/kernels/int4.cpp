@@ -33,7 +33,9 @@ extern "C" void linear(const Linear4* weights, const float* x, int64_t rows, flo
             const int64_t count = std::min(ROWS, rows - start);
             some.start(w);
             for (int64_t r = 0; r < count; ++r) some.quantize(r, x + (start + r) * w.inputs, w);
-            multiply(w, some, count, false, [&](int64_t r, int64_t n, const __m512* out) { put(y + (start + r) * w.outputs, n, w.outputs, out); });
+            multiply(w, some, count, false, [&](int64_t r, int64_t n, const __m512* out) {
+                put(y + (start + r) * w.outputs, n, w.outputs, out);
+            });
         }
     }
 }

@@ -1,5 +1,5 @@
-// A linear map with 4-bit weights in groups of inputs, scale (code - zero), and inputs rounded to 8 bits in blocks, with AVX-512 VNNI.
-// Sums of integers are exact within a block, floating point beyond. Plain twin: int4.py.
+// A linear map with 4-bit weights in groups of inputs, scale (code - zero), and inputs rounded to 8 bits in blocks, with
+// AVX-512 VNNI. Sums of integers are exact within a block, floating point beyond. Plain twin: int4.py.
 #pragma once
 #include "int8.hpp"
 
@@ -65,11 +65,17 @@ struct Rows4 {
         }
     }
 
-    static __m512 some(const float* x, int64_t j, int64_t to, int64_t n) { return _mm512_maskz_loadu_ps(lanes(std::min(to, n) - j), x + j); }
+    static __m512 some(const float* x, int64_t j, int64_t to, int64_t n) {
+        return _mm512_maskz_loadu_ps(lanes(std::min(to, n) - j), x + j);
+    }
 };
 
-static inline __m512 halves(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-static inline __m512i bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline __m512 halves(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline __m512i bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
 // out (N, 16): the products of N rows from `row` on with 16 outputs from n on, read once. B: the block, or 0 for any.
 template <int N, int B>
@@ -96,8 +102,10 @@ APART void stream_groups(const Linear4& w, const Rows4& x, int64_t row, int64_t 
                     second[r] = dot(second[r], right, four_of(a + r * w.deep + 4));
                 }
             }
-            UNROLLED for (int r = 0; r < N; ++r)
-                some[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(first[r], second[r])), _mm512_set1_ps(step[r * x.blocks]), some[r]);
+            UNROLLED for (int r = 0; r < N; ++r) {
+                const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(first[r], second[r]));
+                some[r] = _mm512_fmadd_ps(whole, _mm512_set1_ps(step[r * x.blocks]), some[r]);
+            }
         }
         const __m512 scale = halves(p), zero = _mm512_cvtepi32_ps(bytes(p + 32));
         UNROLLED for (int r = 0; r < N; ++r)

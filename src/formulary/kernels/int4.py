@@ -116,7 +116,8 @@ def plain_linear(x, codes, scale, zero, bias, group_size, order=None) -> Tensor:
     group = torch.arange(codes.shape[1], device=x.device) // _group(weights)
     x = x.float() if order is None else x.float()[..., order]
     rounded = plain_round(x, block_of(_group(weights)))
-    return torch.nn.functional.linear(rounded, (codes.float() - zero.float()[:, group]) * scale.float()[:, group], None if bias is None else bias.float())
+    dense = (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
+    return torch.nn.functional.linear(rounded, dense, None if bias is None else bias.float())
 
 
 def plain_round(x: Float[Tensor, "*batch in"], block: int) -> Float[Tensor, "*batch in"]:

@@ -153,8 +153,8 @@ struct Tiles {
 };
 #endif
 
-// sum + four products of unsigned and signed bytes, in every lane. In assembly, since GCC moves the sums of the intrinsic from register
-// to register and to memory, which halves the speed; so do loops over sums that it does not unroll early.
+// sum + four products of unsigned and signed bytes, in every lane. In assembly, since GCC moves the sums of the intrinsic from
+// register to register and to memory, which halves the speed; so do loops over sums that it does not unroll early.
 static inline __m512i dot(__m512i sum, __m512i u, __m512i s) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
     return sum;
@@ -188,8 +188,8 @@ APART void vector_sums(const int8_t* a, int64_t deep, const int8_t* b, const int
             _mm512_storeu_si512(sums + 32 * r + 16 * h, _mm512_sub_epi32(total[r][h], _mm512_loadu_si512(more + 16 * h)));
 }
 
-// The same for a few rows, as in decoding: 16 outputs after the other, so that the weights are read in one stream, past the caches,
-// where what the caller works with can stay.
+// The same for a few rows, as in decoding: 16 outputs after the other, so that the weights are read in one stream, past the
+// caches, where what the caller works with can stay.
 constexpr int64_t AHEAD = 4096;
 template <int N>
 APART void stream_sums(const int8_t* a, int64_t deep, const int8_t* b, const int32_t* more, int32_t* sums) {

@@ -232,7 +232,11 @@ class FusedStack:
         if packed is None or packed.norm is None or torch.is_grad_enabled() or self.training or input_ids is None:
             return None
         room = caching.room_of(cache, *input_ids.shape)
-        if room is None or room.writer() is not packed or room.unchecked >= CHECKED or any(kwargs.values()) or _observed(self.config):
+        if room is None or room.writer() is not packed or room.unchecked >= CHECKED:
+            return None
+        if any(value for name, value in kwargs.items() if name != "return_dict") or kwargs.get("return_dict") is False:
+            return None
+        if _observed(self.config):
             return None
         past, (_, length) = room.past, input_ids.shape
         if attention_mask is not None and not (attention_mask.shape[1:] == (past + length,) and attention_mask.all()):
@@ -258,8 +262,8 @@ def _observed(config) -> bool:
 
 def _final_norm(stack: nn.Module) -> nn.Module | None:
     """What norms the last block's output in a stack that does nothing else than embed, run its blocks and norm."""
-    plain = any(base.__name__ in ("LlamaModel", "Qwen2Model") and base.__module__.startswith("transformers.models.") for base in type(stack).__mro__)
-    return stack.norm if plain else None
+    bases = [base.__name__ for base in type(stack).__mro__ if base.__module__.startswith("transformers.models.")]
+    return stack.norm if {"LlamaModel", "Qwen2Model"} & {*bases} else None
 
 
 # ---------------------------------------------------------------- packed blocks
@@ -333,7 +337,8 @@ def _packed_stack(stack: FusedStack, modules: list[nn.Module]) -> blocks.Stack |
     modules = [*modules, *([norm] if (norm := _final_norm(stack)) is not None else [])]
     if origin is None or not origin.is_current(modules):
         natives = [_packed_block(block, observed=True) if isinstance(block, FusedBlock) else None for block in stack.blocks()]
-        origin, packed = _STACKS[stack] = Origin(modules), None if None in natives else blocks.Stack(natives, None if norm is None else _norm(norm))
+        last = None if norm is None else _norm(norm)
+        origin, packed = _STACKS[stack] = Origin(modules), None if None in natives else blocks.Stack(natives, last)
     return packed if packed is not None and origin.is_plain(modules) else None
 
 
