@@ -4,7 +4,7 @@ changed.
 The model's own code computes everything between blocks (masks, positions, cross-attention), and each block runs twice
 in all: blocks already done hand out their recorded output instead of computing, and the run stops after the block
 that is looked at. It is exact for any model that calls each block once and in order. Where a block is called more
-often (ALBERT) every run is one of the whole model: exact too, and slower.
+often (ALBERT) every run is one of the whole model: exact too, and slower. Float32 products run in `kernels.float32`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from formulary.contracts import parts
 from formulary.contracts.data import Data
 from formulary.contracts.parts import Block, Linear
+from formulary.kernels import float32
+from formulary.kernels.compensation import Gram
 
 
 class _Reached(Exception):
@@ -86,16 +88,17 @@ class Blockwise:
     def grams(self, block: Block | None, linears: Sequence[Linear]) -> Iterator[tuple[Linear, list[Tensor | None]]]:
         """(part, X^T X of its inputs in float32, one per expert or just one), None where no token came, in order."""
         for group in self._passes(linears):
-            sums: dict[tuple[str, int | None], Tensor] = {}
+            sums: dict[tuple[str, int | None], Gram] = {}
 
             def see(part, x, expert):
-                x = x.float()
-                gram = sums.setdefault((part.name, expert), x.new_zeros(x.shape[1], x.shape[1]))
-                gram.addmm_(x.mT, x)
+                if (part.name, expert) not in sums:
+                    sums[part.name, expert] = Gram(x.shape[1], x.device)
+                sums[part.name, expert].add(x)
 
             self.observe(block, group, see)
             for part in group:
-                yield part, [sums.pop((part.name, expert), None) for expert in (range(part.experts) or [None])]
+                found = [sums.pop((part.name, expert), None) for expert in (range(part.experts) or [None])]
+                yield part, [None if gram is None else gram.total() for gram in found]
 
     def advance(self, block: Block) -> None:
         """Record the block's output on all the data; the blocks after it will see that."""
@@ -143,7 +146,8 @@ class Blockwise:
                 handle = stop.module.register_forward_hook(reached)
                 stack.callback(handle.remove)
             try:
-                run(batch)
+                with float32.faster():
+                    run(batch)
             except _Reached:
                 return seen[0]
 
@@ -165,7 +169,8 @@ class Blockwise:
                 stack.callback(head.register_forward_pre_hook(reached).remove)
             batch = next(self.data.take([0]).batches())
             try:
-                self.model(**_on(self.device, batch))
+                with float32.faster():
+                    self.model(**_on(self.device, batch))
             except _Reached:
                 pass
         return called

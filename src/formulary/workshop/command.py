@@ -36,6 +36,7 @@ def use_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="a directory, a hub id, or lab:minilm, lab:smollm2, lab:vit, lab:rxn")
     _shared_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where to write the result; must not exist")
+    parser.add_argument("--format", metavar="NAME", help="layout of the result: formulary, or compressed-tensors, which transformers reads alone")
     parser.add_argument("--max-loss", metavar="PERCENT", help="refuse a result that loses more of the main quality, such as 1%%")
     parser.add_argument("--stream", action="store_true", help="from disk to disk, one block at a time; done unasked if the model does not fit into memory")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, from headers alone")
@@ -46,8 +47,8 @@ def use(args: argparse.Namespace) -> None:
     from formulary.workshop.using import use as run
 
     outcome = run(
-        args.method, args.model, out=args.out, max_loss=_percent(args.max_loss), dry_run=args.dry_run, stream=args.stream or None,
-        **_shared(args),
+        args.method, args.model, out=args.out, format=args.format, max_loss=_percent(args.max_loss), dry_run=args.dry_run,
+        stream=args.stream or None, **_shared(args),
     )  # fmt: skip
     _print(outcome, args.json)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from formulary.contracts import edits
 from formulary.errors import FormularyError
 from formulary.files import write_atomic, write_json
+from formulary.workshop import formats
 
 COPIED = {".json", ".txt", ".model", ".jinja", ".vocab", ".merges"}
 NOT_COPIED = {"config.json", "generation_config.json", "formulary.json", "README.md"}
@@ -124,12 +125,15 @@ def _sync(directory: Path) -> None:
             sync(file)
 
 
-def save_model(model: nn.Module, directory: Path, source: Path | None, processor: Any) -> None:
+def save_model(model: nn.Module, directory: Path, source: Path | None, processor: Any, format: str | None = None) -> None:
     """Weights, config, generation config, tokenizer or processor, and the source directory's other data files and licence."""
     if not hasattr(model, "save_pretrained"):
         raise FormularyError(f"a {type(model).__name__} cannot be saved as a model directory: only transformers models can")
-    variant = "formulary" if edits.edits_of(model) else None
-    model.save_pretrained(directory, variant=variant, max_shard_size="1000GB")
+    if format == "compressed-tensors":
+        formats.save(model, directory)
+    else:
+        variant = "formulary" if edits.edits_of(model) else None
+        model.save_pretrained(directory, variant=variant, max_shard_size="1000GB")
     if source is not None:
         copy_others(source, directory)
     elif processor is not None and hasattr(processor, "save_pretrained"):

@@ -79,9 +79,11 @@ def _status(field: str) -> int:
     return 1024 * int(found.group(1)) if found else 0
 
 
-def reason(plans: list, path: Path | None, size: int, asked: bool | None, target: Path | None) -> str | None:
+def reason(
+    plans: list, path: Path | None, size: int, asked: bool | None, target: Path | None, layout: str | None = None
+) -> str | None:
     """Why to stream, in words, or None for a run in memory; UsageError where it was asked for and cannot be done."""
-    problem = _problem(plans, path, target)
+    problem = f"it writes formulary's own layout, not {layout}" if layout not in (None, "formulary") else _problem(plans, path, target)
     if asked and problem:
         raise UsageError(f"--stream: {problem}")
     if asked is False or problem:

@@ -16,7 +16,7 @@ from formulary.contracts.report import Report
 from formulary.errors import FormularyError, UsageError
 from formulary.evidence.memory import high_water_mark
 from formulary.evidence.timing import FEWEST_ROUNDS
-from formulary.workshop import applying, inputs, measuring, models, quality, saving, streaming, tables
+from formulary.workshop import applying, formats, inputs, measuring, models, quality, saving, streaming, tables
 from formulary.workshop.disk import DiskModel
 from formulary.workshop.journal import facts_of, unfinished
 from formulary.workshop.measuring import Row
@@ -115,13 +115,15 @@ def use(
     measure: bool = True,
     dry_run: bool = False,
     stream: bool | None = None,
+    format: str | None = None,
     **parameters: Any,
 ) -> Outcome:
     """Apply a method (or several joined by `+`) to a model and measure it before and after.
 
     `model` is a directory, a hub id, `lab:NAME` or an `nn.Module`, which stays as it is; `data` a path, `lab:NAME` or an
     iterable of texts or images. `settings` and further keywords are the method's parameters. `max_loss` (0.01 = 1 %) refuses a
-    result that loses more of the main quality. With `out` the result is written there, complete or not at all.
+    result that loses more of the main quality. With `out` the result is written there, complete or not at all, and with
+    `format="compressed-tensors"` so that transformers reads it without formulary, where that layout can hold it.
 
     `stream` works from disk to disk, one block at a time, with methods that look at one block at a time; None does so where the
     model would not fit into memory. What a stopped run has done is in `OUT.partial`, and the same call goes on with it.
@@ -134,8 +136,9 @@ def use(
     plans = applying.plan(method, {**(settings or {}), **parameters}, targets, ignore)
     options = Options(data, labels, dtype, device, seed, batch_size, max_length, samples, revision, rounds)
     contract = plans[0].contract
+    formats.check(format, plans)
     if contract in ("transform", "attention", "layer"):
-        return _use_on_model(plans, model, options, out, max_loss, measure, dry_run, stream)
+        return _use_on_model(plans, model, options, out, max_loss, measure, dry_run, stream, format)
     if stream:
         raise UsageError(f"--stream: {plans[0].slug} is a {contract}, not a method that works on one block at a time")
     from formulary.workshop import others
@@ -143,14 +146,18 @@ def use(
     return others.VERBS[contract](plans[0], model, options, out, dry_run)
 
 
-def _use_on_model(plans, model, options: Options, out, max_loss, measure, dry_run, stream) -> Outcome:
+def _use_on_model(plans, model, options: Options, out, max_loss, measure, dry_run, stream, format) -> Outcome:
     name = "+".join(plan.slug for plan in plans)
     if model is None:
         raise UsageError(f"{name} needs a model: a directory, a hub id or lab:NAME")
+    if format is not None and out is None:
+        raise UsageError("--format says how the result is written: give --out too")
     path = None if isinstance(model, nn.Module) else models.locate(model, options.revision)
     size = models.count_from_headers(models.weight_files(path))[1] if path else 0
     target = saving.check_out(out, size) if out is not None else None
-    why = streaming.reason(plans, path, size, stream, target)
+    if format is not None:
+        formats.check(format, plans, models.skeleton(path) if path else model)
+    why = streaming.reason(plans, path, size, stream, target, format)
     if dry_run:
         return _dry_run(name, plans, path, model, options, size, target, why)
     if why:
@@ -166,7 +173,7 @@ def _use_on_model(plans, model, options: Options, out, max_loss, measure, dry_ru
         _explain(outcome, changed, session)
         _enforce(max_loss, outcome.rows[-1], target)
     if target is not None:
-        _write(outcome, plans, session, target)
+        _write(outcome, plans, session, target, format)
     return outcome
 
 
@@ -237,15 +244,15 @@ def _enforce(max_loss: float | None, row: Row, target) -> None:
         )
 
 
-def _write(outcome: Outcome, plans, session: "Session", target: Path) -> None:
+def _write(outcome: Outcome, plans, session: "Session", target: Path, format: str | None = None) -> None:
     with saving.staged(target) as stage:
-        saving.save_model(outcome.model, stage, session.loaded.path, session.loaded.processor)
+        saving.save_model(outcome.model, stage, session.loaded.path, session.loaded.processor, format)
         if outcome.rows:
             row = outcome.rows[-1]
             row.disk = measuring.disk_bytes(stage)
             row.memory = measuring.measure_memory(stage, session.kind, session.held_out)
         facts = {**outcome.as_dict(), "out": None, **provenance(plans, session)}
-        saving.write_facts(stage, facts, model_card(outcome, plans, session))
+        saving.write_facts(stage, facts, model_card(outcome, plans, session, format))
     outcome.out = target
 
 
@@ -268,7 +275,7 @@ def provenance(plans, session) -> dict[str, Any]:
     }
 
 
-def model_card(outcome: Outcome, plans, session) -> str:
+def model_card(outcome: Outcome, plans, session, format: str | None = None) -> str:
     """README.md of an output directory: what was done, the measured table, and how to load it."""
     from formulary.catalogue import card
 
@@ -278,6 +285,8 @@ def model_card(outcome: Outcome, plans, session) -> str:
     )
     edited = bool(session.edits_of(outcome.model))
     load = "import formulary  # lets transformers read the changed layers\n" if edited else ""
+    if format == "compressed-tensors":
+        load = "# needs compressed-tensors>=0.19\n"
     cls = type(session.loaded.model).__name__
     table = tables.as_markdown(outcome.rows) if outcome.rows else "Not measured."
     return (

@@ -267,6 +267,47 @@ class PackedLinear(_Packed):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return F.linear(x, self.weight, self.bias)
 
+    @classmethod
+    def check_compressed_tensors(cls, part: Linear, grid: Grid, ordered: bool) -> None:
+        """Raise FormularyError, saying why, where the layout "pack-quantized" cannot hold `part` on this grid."""
+        why, groups = None, grid.group_size and grid.columns(part.in_features)
+        if part.layout != "linear":
+            why = "it is not an nn.Linear"
+        elif ordered:
+            why = "its groups are not of neighboring columns; with act_order=true, also set static_groups=true"
+        elif groups and part.in_features % grid.group_size:
+            why = f"its {part.in_features} inputs are not a multiple of group_size {grid.group_size}"
+        if why:
+            raise FormularyError(f"compressed-tensors cannot hold {part.name}: {why}")
+
+    def compressed_tensors(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors by their names beside the bias, and the scheme of the weights, of the layout "pack-quantized": bits of
+        the codes one after the other in words of 32; zero points alike, along the outputs.
+        """
+        if type(self).forward is not PackedLinear.forward:
+            raise FormularyError(f"compressed-tensors cannot hold a {type(self).__name__}: it does more than its packed weights")
+        grid = self.grid
+        codes = unpack(self.codes, grid.bits)[:, : self.in_features]
+        shape = torch.tensor([self.out_features, self.in_features])
+        tensors = {"weight_packed": words(codes, grid.bits), "weight_scale": self.scale, "weight_shape": shape}
+        if self.zero is not None:
+            tensors["weight_zero_point"] = words(self.zero.mT, grid.bits).mT.contiguous()
+        strategy = {"strategy": "channel"} if grid.group_size is None else {"strategy": "group", "group_size": grid.group_size}
+        return tensors, {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False, **strategy}
+
+
+def words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int[Tensor, "rows words"]:
+    """Codes of `bits` bits one after the other, lowest bit first, in words of 32 bits; the last is filled with zeros.
+
+    >>> words(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
+    [[801]]
+    """
+    stream = (codes.cpu()[..., None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    stream = stream.flatten(1)
+    stream = F.pad(stream, (0, -stream.shape[1] % 32)).unflatten(1, (-1, 8))
+    bytes_ = (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return bytes_.view(torch.int32)
+
 
 class PackedStack(_Packed):
     """One 3-D expert tensor as packed integers; indexing gives an expert's weight as the model stores it."""

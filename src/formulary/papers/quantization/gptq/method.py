@@ -9,6 +9,12 @@ turn:
 Source: arXiv:2210.17323, sections 3.3 and 4, algorithm 1 (lazy batches of 128 columns). Activation order (columns by
 falling diag H) and static groups are options of the authors' later code. The model is quantized block by block, each
 calibrated on the output of the quantized blocks before it. The factor 2 in H cancels and is left out.
+
+H^-1 is never formed. With R upper triangular and H = R R^T, U is R^-1, and what the columns before a batch s:e make of it is
+
+    W[:, s:e] + (W - Q)[:, :s] R[:s, s:e] R[s:e, s:e]^-1
+
+with the original W. Inside the batch, the walk needs R[s:e, s:e]^-1 = U[s:e, s:e] alone.
 """
 
 from dataclasses import dataclass
@@ -24,6 +30,7 @@ from formulary.contracts.edits import Editor
 from formulary.contracts.parts import Linear
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
+from formulary.kernels import compensation
 
 from .._parts import MIN_FEATURES, Grid, PackedExperts, PackedLinear, Quantized, replace, round_to_nearest
 
@@ -65,6 +72,7 @@ class GPTQ(BlockTransform):
     block_size: int = 128
 
     needs_data: ClassVar[bool] = True
+    layer: ClassVar[type] = PackedLinear
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,7 +129,7 @@ class GPTQ(BlockTransform):
         rounded = round_to_nearest(weight, self.grid, dtype)
         if gram is None or not gram.any():
             report.figures["unreached"] = [*report.figures.get("unreached", []), name]
-            if self._permuted:
+            if self.ordered:
                 index = torch.arange(weight.shape[1], device=weight.device) // self.grid.columns(weight.shape[1])
                 rounded.group_index = index
             return rounded
@@ -145,7 +153,7 @@ class GPTQ(BlockTransform):
         return made
 
     @property
-    def _permuted(self) -> bool:
+    def ordered(self) -> bool:
         """Whether groups follow the quantization order, so that each column's group must be stored."""
         return self.act_order and self.grid.group_size is not None and not self.static_groups
 
@@ -181,49 +189,47 @@ def compensated(
     """
     features = weight.shape[1]
     dead = gram.diagonal() == 0
-    columns = weight.float().mT.contiguous()
     width = grid.columns(features)
-    static = round_to_nearest(columns.mT, grid, dtype) if grid.group_size is None or static_groups else None
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(features)
-    order = order.to(weight.device)
-    upper, damp = _inverse_factor(gram + torch.diag(dead.to(gram.dtype)), order, damp)
-    columns, codes = columns[order], torch.empty_like(columns, dtype=torch.uint8)
-    scales, zeros = [], []
-    lazy = max(width, block_size // width * width) if static is None else block_size
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else None
+    factor, damp = _factor(gram + torch.diag(dead.to(gram.dtype)), order, damp)
+    original = weight.float().mT.contiguous() if order is None else weight.float().mT[order]
+    place = torch.arange(features, device=weight.device)
+    if grid.group_size is None or static_groups:
+        static, group = round_to_nearest(weight, grid, dtype), (place if order is None else order) // width
+        scale, zero, lazy = static.scale.mT.contiguous(), static.zero.mT.contiguous(), block_size
+    else:
+        static, group, lazy = None, place // width, max(width, block_size // width * width)
+        scale, zero = (original.new_empty(grid.groups(features), len(weight)) for _ in range(2))
+    codes, errors = torch.empty_like(original, dtype=torch.uint8), torch.empty_like(original)
     for start in range(0, features, lazy):
         end = min(start + lazy, features)
-        errors = torch.empty_like(columns[start:end])
-        for i in range(start, end):
-            if static is not None:
-                group = int(order[i]) // width
-                scale, zero = static.scale[:, group], static.zero[:, group]
-            elif i % width == 0:
-                scale, zero = grid.fit(columns[i : i + width].mT, dtype)
-                scales.append(scale)
-                zeros.append(zero)
-            level = grid.codes(columns[i], scale, zero)
-            codes[i] = level.to(torch.uint8)
-            errors[i - start] = (columns[i] - (level - zero) * scale) / upper[i, i]
-            columns[i + 1 : end] -= torch.outer(upper[i, i + 1 : end], errors[i - start])
-        columns[end:] -= upper[start:end, end:].mT @ errors
-    inverse = torch.argsort(order)
-    scale = torch.stack(scales, 1) if static is None else static.scale
-    zero = torch.stack(zeros, 1) if static is None else static.zero
-    index = inverse // width if act_order and static is None else None
-    return Quantized(codes[inverse].mT.contiguous(), scale, zero, index), damp
+        own = factor[start:end, start:end]
+        upper = torch.linalg.solve_triangular(own, torch.eye(end - start, dtype=own.dtype, device=own.device), upper=True)
+        block = original[start:end].clone()
+        if start:
+            block.addmm_((factor[:start, start:end] @ upper).float().mT, errors[:start])
+        for first in range(0, end - start, width if static is None else end - start):
+            last = min(first + width, end - start) if static is None else end - start
+            if static is None:
+                at = (start + first) // width
+                scale[at], zero[at] = grid.fit(block[first:last].mT, dtype)
+            compensation.walk(
+                block, first, last, upper.float(), scale, zero, group[start:end], 2**grid.bits - 1, codes[start:end]
+            )
+        errors[start:end] = original[start:end] - block
+    index = None
+    if order is not None:
+        back = torch.argsort(order)
+        codes, index = codes[back], back // width if static is None else None
+    return Quantized(codes.mT.contiguous(), scale.mT.contiguous(), zero.mT.contiguous(), index), damp
 
 
-def _inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
-    """U (in, in), upper triangular with U^T U = H^-1, for columns in `order`, float32; and the damping that it took."""
-    hessian = hessian[order][:, order]
-    mean = hessian.diagonal().double().mean()
-    while True:  # letting go of each matrix once the next is there: in float64 they are what takes most memory
-        matrix = hessian.double()
-        matrix.diagonal().add_(damp * mean)
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
+def _factor(hessian: Tensor, order: Tensor | None, damp: float) -> tuple[Tensor, float]:
+    """R (in, in) float64, upper triangular with R R^T = H, for columns in `order`; and the damping that it took."""
+    hessian = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double()
+    mean = hessian.diagonal().mean()
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag_embed((damp * mean).expand(len(hessian))))
         if not failed:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-        if not failed:
-            return matrix.float(), damp
+            return lower.flip(0, 1), damp
         damp = max(10 * damp, 1e-6)

@@ -1,0 +1,93 @@
+// The two loops of error compensation (GPTQ): X^T X of many rows, and the walk over the columns of a weight.
+// Plain twins: compensation.py. The walk rounds like its twin, so products and sums are not contracted.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "vectors.hpp"
+
+constexpr int64_t PANEL = 48, DEPTH = 128, TALL = 8, WIDE = PANEL / 16;
+
+// TALL columns of one panel times the 48 of another, over `depth` rows; added to `to`.
+static inline void tile(const float* left, const float* right, int64_t depth, float* to, int64_t step) {
+    v16 sums[TALL][WIDE] = {};
+    for (int64_t t = 0; t < depth; ++t, left += PANEL, right += PANEL) {
+        v16 x[WIDE];
+        for (int w = 0; w < WIDE; ++w) x[w] = load(right + 16 * w);
+        for (int r = 0; r < TALL; ++r)
+            for (int w = 0; w < WIDE; ++w) sums[r][w] += left[r] * x[w];
+    }
+    for (int r = 0; r < TALL; ++r)
+        for (int w = 0; w < WIDE; ++w) store(to + r * step + 16 * w, load(to + r * step + 16 * w) + sums[r][w]);
+}
+
+// gram (wide, wide) += x^T x on and above the diagonal's panels, for x (rows, columns) and `wide` columns rounded up to panels.
+extern "C" int add_gram(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+    const int64_t panels = wide / PANEL;
+    float* packed = static_cast<float*>(std::aligned_alloc(64, panels * DEPTH * PANEL * sizeof(float)));
+    if (!packed) return 1;
+    for (int64_t start = 0; start < rows; start += DEPTH) {
+        const int64_t depth = rows - start < DEPTH ? rows - start : DEPTH;
+#pragma omp parallel
+        {
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < panels; ++p) {
+                const int64_t width = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
+                for (int64_t t = 0; t < depth; ++t) {
+                    float* row = packed + (p * DEPTH + t) * PANEL;
+                    std::memcpy(row, x + (start + t) * columns + p * PANEL, width * sizeof(float));
+                    for (int64_t j = width; j < PANEL; ++j) row[j] = 0.0f;
+                }
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t q = 0; q < panels; ++q)
+                for (int64_t i = 0; i < (q + 1) * PANEL; i += TALL)
+                    tile(packed + i / PANEL * DEPTH * PANEL + i % PANEL, packed + q * DEPTH * PANEL, depth,
+                         gram + i * wide + q * PANEL, wide);
+        }
+    }
+    std::free(packed);
+    return 0;
+}
+
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+
+// Columns first to last of `block` (end, rows), each replaced by its nearest levels, 0 to `top`, whose codes go to `codes`
+// (end, rows); columns after it, up to `end`, make up for the errors. `upper` (end, end) is the factor of the inverse Hessian;
+// scale and zero are (groups, rows), and column i has those of group[i].
+extern "C" void walk(float* block, int64_t first, int64_t last, int64_t end, int64_t rows, const float* upper, const float* scale,
+                     const float* zero, const int64_t* group, float top, uint8_t* codes) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r += 16) {
+        const int64_t lanes = rows - r < 16 ? rows - r : 16;
+        v16* own = static_cast<v16*>(std::aligned_alloc(64, (end - first) * sizeof(v16)));
+        for (int64_t j = first; j < end; ++j) {
+            v16 x = {};
+            std::memcpy(&x, block + j * rows + r, lanes * sizeof(float));
+            own[j - first] = x;
+        }
+        for (int64_t i = first; i < last; ++i) {
+            v16 s = all(1.0f), z = {};
+            std::memcpy(&s, scale + group[i] * rows + r, lanes * sizeof(float));
+            std::memcpy(&z, zero + group[i] * rows + r, lanes * sizeof(float));
+            const v16 x = own[i - first];
+            const v16 least = -z, most = top - z;
+            v16 level = x / s;
+            level = level < least ? least : level;
+            level = level > most ? most : level;
+            level = (level + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to the nearest integer, ties to even
+            const v16 chosen = level * s;
+            const v16 error = (x - chosen) / upper[i * end + i];
+            own[i - first] = chosen;
+            for (int64_t k = 0; k < lanes; ++k) codes[i * rows + r + k] = static_cast<uint8_t>(level[k] + z[k]);
+            for (int64_t j = i + 1; j < end; ++j) own[j - first] = own[j - first] - upper[i * end + j] * error;
+        }
+        for (int64_t j = first; j < end; ++j) std::memcpy(block + j * rows + r, &own[j - first], lanes * sizeof(float));
+        std::free(own);
+    }
+}
+#pragma GCC pop_options
