@@ -9,10 +9,10 @@ once, the fair rival. Scans alone compute one function, Mamba-2's; outputs are c
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -141,8 +141,6 @@ def scan_arm(form, native: bool = True):
 
 def peak_arm():
     """As many operations as the recurrence has: 5 a number of the state and token forward, 12 backward."""
-    import ctypes
-
     from formulary.kernels.native import compiler
 
     source = """typedef float v16 __attribute__((vector_size(64)));
@@ -179,7 +177,7 @@ def bytes_arm():
 
 
 def grown(name: str, length: int) -> dict:
-    """Seconds of CPU and MB above the start, forward alone and with backward, of mixing by one head of 64 x 64."""
+    """Seconds of CPU forward alone and with backward, and MB, of mixing by one head of 64 x 64."""
     import torch
     from torch.nn import functional as F
 
@@ -202,18 +200,31 @@ def grown(name: str, length: int) -> dict:
     def both(given):
         torch.autograd.grad(mix(*given), given[:3], torch.ones_like(given[2]))
 
-    found = {}
+    both(operands(256))
+    forward(operands(256))
+    given = operands(length)
+    found = {"MB": peak_memory(lambda: both(given))}
     for pass_name, work in (("forward", forward), ("both", both)):
-        work(operands(256))
-        given = operands(length)
-        before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+        taken = []
         while len(taken) < 9 and sum(taken) < 0.8:
             start = time.process_time()
             work(given)
             taken.append(time.process_time() - start)
         found[pass_name] = float(np.median(taken))
-        found[pass_name + " MB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return found
+
+
+def peak_memory(work) -> float:
+    """MB that `work` needs at most beyond what the process holds before; memory freed earlier is given back first."""
+
+    def status(name):
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
 
 
 def growth() -> str:
@@ -230,9 +241,10 @@ def growth() -> str:
     rows = [line("tokens", *heads, *(f"{name}, MB more" for name in found)), "|---" * (len(columns) + 3) + "|"]
     for length in LENGTHS:
         times = [f"{1e6 * found[name][length][what] / length:.3g}" for name, what in columns]
-        rows.append(line(f"{length:,}", *times, *(f"{found[name][length]['both MB']:.0f}" for name in found)))
+        rows.append(line(f"{length:,}", *times, *(f"{found[name][length]['MB']:.0f}" for name in found)))
     draw_growth(found)
-    return "Microseconds of CPU a token, and memory above the operands in a process of its own.\n\n" + "\n".join(rows)
+    said = "Microseconds of CPU a token, and memory that forward and backward need beyond the operands; a process each."
+    return said + "\n\n" + "\n".join(rows)
 
 
 def draw_growth(found: dict) -> None:

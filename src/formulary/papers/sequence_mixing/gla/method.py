@@ -89,7 +89,7 @@ class GatedLinearAttention(Layer):
     def scan(
         self, x: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"] | None, state: State
     ) -> tuple[Float[Tensor, "B L D"], State]:
-        """In one kernel (`kernels.scan`). Where `mask` is False a token has no key and no decay, so the state passes it unchanged."""
+        """In one kernel. Where `mask` is False a token has no key and no decay, so the state passes it unchanged."""
         q, k, v, g = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self._inputs(x))
         if mask is not None:
             padding = ~mask[:, None, :, None]
