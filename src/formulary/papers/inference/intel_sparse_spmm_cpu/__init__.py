@@ -1,0 +1,1 @@
+from .method import IntelSparseSpmmCpu, SparseInt8Linear, sparse_int8_linear
