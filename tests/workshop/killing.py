@@ -88,7 +88,7 @@ def tear(out: Path) -> None:
 
 def kill_and_finish(method, source: Path, folder: Path, moments: list) -> dict:
     """One uninterrupted run, then one for each moment, and how those went: a number of lasting calls, "N torn" (the journal's
-    last line is cut), "every N" (killed again and again), "step N" (at each N-th call), or "random".
+    last line is cut, and the next run killed too), "every N" (killed again and again), "step N" (at each N-th call), or "random".
     """
     stream(method, source, folder / "first")
     start = time.monotonic()
@@ -107,12 +107,13 @@ def kill_and_finish(method, source: Path, folder: Path, moments: list) -> dict:
             kills += ends(pid) == -9
             moment = f"after {wait:.3f} s of {took:.3f} s"
         elif word == "every":
-            while ends(child(method, source, out, int(more))) == -9 and kills < 100:
+            while ends(child(method, source, out, int(more))) == -9 and kills < 20:
                 kills += 1
         else:
             kills += ends(child(method, source, out, int(word))) == -9
             if more:
                 tear(out)
+                ends(child(method, source, out, 6))
         code = ends(child(method, source, out))
         left = sorted(path.name for path in out.parent.iterdir() if path.name not in ("out", "calls"))
         same = code == 0 and content(out) == expected
@@ -124,5 +125,6 @@ def kill_and_finish(method, source: Path, folder: Path, moments: list) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    done = [kill_and_finish(METHODS[name], Path(source), Path(folder), moments) for name, source, folder, moments in json.loads(sys.argv[1])]
+    jobs = json.loads(sys.argv[1])
+    done = [kill_and_finish(METHODS[name], Path(source), Path(folder), moments) for name, source, folder, moments in jobs]
     print(json.dumps(done))

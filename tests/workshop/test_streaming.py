@@ -36,22 +36,26 @@ LAYERWISE = [(slug, cls) for slug, cls in rooms.implementing("transform") if iss
 CASES = [("gptq", GPTQ, family) for family in ("llama", "gpt2", "opt", "mixtral", "bert", "albert", "t5", "bart", "vit")]
 CASES += [(slug, cls, family) for slug, cls in LAYERWISE if slug != "gptq" for family in ("llama", "bert")]
 KILLS = [
-    ("llama", "gptq", ["step 5", "5 torn", "12 torn", "every 9", "random", "random", "random"]),
+    ("deeper", "gptq", ["step 4", "5 torn", "12 torn", "every 9", "random", "random", "random"]),
     ("t5", "gptq", ["step 13"]),
     ("albert", "gptq", ["step 7"]),
-    ("bert", "random", ["step 8"]),
+    ("bert", "random", ["step 3"]),
 ]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The directory of a tiny model of a family."""
+    """The directory of a tiny model of a family; "deeper" is a Llama of three blocks."""
     folder, made = tmp_path_factory.mktemp("models"), {}
 
     def directory(family: str):
         if family not in made:
             made[family] = folder / family
-            small.tiny(family).save_pretrained(made[family])
+            model = small.tiny("llama" if family == "deeper" else family)
+            if family == "deeper":
+                model.config.num_hidden_layers = 3
+                model = type(model)(model.config)
+            model.save_pretrained(made[family])
         return made[family]
 
     return directory
@@ -128,11 +132,15 @@ def test_use_writes_the_same_directory_and_it_can_be_used_again(text_model, text
     batch = small.inputs_for(loaded)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, formulary.load(tmp_path / "memory")(**batch).logits)
+    formulary.load(tmp_path / "streamed").save_pretrained(tmp_path / "resaved", variant="formulary")
+    with torch.no_grad():
+        assert torch.equal(formulary.load(tmp_path / "resaved")(**batch).logits, loaded(**batch).logits)
     again = formulary.use("xattention", tmp_path / "streamed", out=tmp_path / "both", **options)
     with torch.no_grad():
         assert torch.equal(formulary.load(tmp_path / "both")(**batch).logits, again.model(**batch).logits)
     formulary.use("llm-int8", tmp_path / "memory", out=tmp_path / "twice", stream=True, targets=("lm_head",), **options)
-    assert {entry["cls"] for entry in edits.edits_of(formulary.load(tmp_path / "twice"))} == {"gptq:PackedLinear", "llm-int8:Int8Linear"}
+    made = {entry["cls"] for entry in edits.edits_of(formulary.load(tmp_path / "twice"))}
+    assert made == {"gptq:PackedLinear", "llm-int8:Int8Linear"}
 
 
 def test_it_measures_when_the_model_fits_and_says_so_when_not(text_model, text, tmp_path, monkeypatch):
@@ -413,8 +421,8 @@ def test_a_run_in_memory_for_which_there_may_be_too_little_says_so(text_model, t
 
 
 def test_dry_run_prints_the_memory_map_and_the_peak(text_model, text, tmp_path):
-    call = [sys.executable, "-m", "formulary.cli", "use", "gptq", text_model, "--data", text, "--out", tmp_path / "out", "--stream"]
-    call += ["--dry-run", "--max-length", "24", "--samples", "8", "--batch-size", "2"]
+    call = [sys.executable, "-m", "formulary.cli", "use", "gptq", text_model, "--data", text, "--out", tmp_path / "out"]
+    call += ["--stream", "--dry-run", "--max-length", "24", "--samples", "8", "--batch-size", "2"]
     done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = next(line for line in done.stdout.splitlines() if "would be streamed as asked" in line)
