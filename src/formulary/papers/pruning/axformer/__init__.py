@@ -1,0 +1,1 @@
+from .method import AxFormer, FewerHeads, HardAttention, Removed, SlicedLinear
