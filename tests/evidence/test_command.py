@@ -94,7 +94,7 @@ def test_several_checks_go_on_past_one_that_is_refused(capsys):
 
 def test_several_checks_run_in_processes_of_their_own_and_timed_ones_alone(tmp_path, monkeypatch, capsys):
     made, log = run_check(CHECK, slug="made-up"), tmp_path / "log"
-    slugs = ["one", "two", "timed", "broken"]
+    slugs = ["one", "two", "timed", "timed too", "broken"]
     body = f"""
 import json, pathlib, sys, time
 slug, log = sys.argv[2], pathlib.Path({str(log)!r})
@@ -105,16 +105,16 @@ if slug == "broken": sys.exit(3)
 print(json.dumps({{**json.loads({json.dumps(json.dumps(made))}), "slug": slug}}))
 """
     monkeypatch.setattr(module, "PROGRAM", (sys.executable, "-c", body, "check"))
-    monkeypatch.setattr(module, "_is_timed", lambda slug: slug == "timed")
+    monkeypatch.setattr(module, "_is_timed", lambda slug: slug.startswith("timed"))
     monkeypatch.setattr("formulary.evidence._run.checked_slugs", lambda family=None: slugs)
     assert check_command(everything=True, workers=2) == 1
     out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines()[-5:]]
-    assert [row[0] for row in rows[:4]] == slugs and rows[0][1:4] == ["holds", "here", "0"]
-    assert "exit code 3" in " ".join(rows[3]) and rows[4][:2] == ["4", "checks"]
+    lines = out.splitlines()[-6:]
+    assert all(line.startswith(slug) for line, slug in zip(lines, slugs)) and lines[0].split()[1:4] == ["holds", "here", "0"]
+    assert "exit code 3" in lines[4] and lines[5].startswith("5 checks")
     lines = log.read_text().splitlines()
     assert lines[:2] in (["start one", "start two"], ["start two", "start one"]), "two at once"
-    assert lines[-2:] == ["start timed", "end timed"], "alone, after the others"
+    assert lines[-4:] == ["start timed", "end timed", "start timed too", "end timed too"], "alone, after the others"
 
 
 def test_ctrl_c_stops_every_process_of_several(tmp_path, monkeypatch):
