@@ -13,6 +13,7 @@ import pytest
 
 from formulary.errors import FormularyError, UsageError
 from formulary.evidence import Check, Outcome, all_of, at_most, draw, exact, no_worse, run_check, speedup
+from formulary.evidence import _turns
 from formulary.evidence import command as module
 from formulary.evidence._run import checked_slugs, find_room
 from formulary.evidence.command import _plots, check_command, report
@@ -92,34 +93,65 @@ def test_several_checks_go_on_past_one_that_is_refused(capsys):
     assert out.out.count("planted null:") == len(slugs) - 1
 
 
-def test_several_checks_run_in_processes_of_their_own_and_timed_ones_alone(tmp_path, monkeypatch, capsys):
+def test_several_checks_run_in_processes_of_their_own_two_at_once(tmp_path, monkeypatch, capsys):
     made, log = run_check(CHECK, slug="made-up"), tmp_path / "log"
-    slugs = ["one", "two", "timed", "timed too", "broken"]
+    slugs = ["one", "two", "broken"]
     body = f"""
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 slug, log = sys.argv[2], pathlib.Path({str(log)!r})
 with log.open("a") as file: file.write(f"start {{slug}}\\n")
 time.sleep(0.3)
 with log.open("a") as file: file.write(f"end {{slug}}\\n")
-if slug == "broken": sys.exit(3)
+if slug == "broken" or not os.path.isdir(os.environ["FORMULARY_TURNS"]): sys.exit(3)
 print(json.dumps({{**json.loads({json.dumps(json.dumps(made))}), "slug": slug}}))
 """
     monkeypatch.setattr(module, "PROGRAM", (sys.executable, "-c", body, "check"))
-    monkeypatch.setattr(module, "_is_timed", lambda slug: slug.startswith("timed"))
     monkeypatch.setattr("formulary.evidence._run.checked_slugs", lambda family=None: slugs)
     assert check_command(everything=True, workers=2) == 1
     out = capsys.readouterr().out
-    lines = out.splitlines()[-6:]
+    lines = out.splitlines()[-4:]
     assert all(line.startswith(slug) for line, slug in zip(lines, slugs)) and lines[0].split()[1:4] == ["holds", "here", "0"]
-    assert "exit code 3" in lines[4] and lines[5].startswith("5 checks")
-    lines = log.read_text().splitlines()
-    assert lines[:2] in (["start one", "start two"], ["start two", "start one"]), "two at once"
-    assert lines[-4:] == ["start timed", "end timed", "start timed too", "end timed too"], "alone, after the others"
+    assert "exit code 3" in lines[2] and lines[3].startswith("3 checks")
+    assert log.read_text().splitlines()[:2] in (["start one", "start two"], ["start two", "start one"]), "two at once"
+
+
+def test_checks_that_run_at_once_compute_together_and_time_alone(tmp_path):
+    body = """
+import sys, time
+from formulary.evidence import _turns
+step = {"compute": _turns.computing, "time": _turns.timing}[sys.argv[1]]
+print("ready", flush=True)
+input()
+for _ in range(8):
+    with step():
+        start = time.monotonic()
+        time.sleep(0.03)
+        print(start, time.monotonic(), flush=True)
+"""
+    kinds = ["compute", "compute", "time", "time"]
+    start = lambda kind: subprocess.Popen(
+        [sys.executable, "-c", body, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, _turns.VARIABLE: str(tmp_path)},
+    )  # fmt: skip
+    processes = [start(kind) for kind in kinds]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    spans = [[tuple(map(float, line.split())) for line in process.communicate()[0].splitlines()] for process in processes]
+    overlap = lambda a, b: max(a[0], b[0]) < min(a[1], b[1])
+    assert [len(one) for one in spans] == [8] * 4
+    assert any(overlap(a, b) for a in spans[0] for b in spans[1]), "computing goes on side by side"
+    for index, kind in enumerate(kinds):
+        if kind == "time":
+            others = [span for other, one in enumerate(spans) if other != index for span in one]
+            assert not any(overlap(a, b) for a in spans[index] for b in others)
 
 
 def test_ctrl_c_stops_every_process_of_several(tmp_path, monkeypatch):
     body = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); print(1, flush=True); time.sleep(60)"
-    processes = module._Processes()
+    processes = module._Processes({})
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(processes.output, [sys.executable, "-c", body]) for _ in range(2)]
         while len(processes.running) < 2:

@@ -25,6 +25,7 @@ import numpy as np
 
 from formulary import catalogue
 from formulary.errors import FormularyError, UsageError, nearest
+from formulary.evidence import _turns
 from formulary.evidence._check import Check, Outcome
 from formulary.evidence._context import changed, fingerprint
 from formulary.evidence._predicates import TIME_METRIC, Predicate, specification
@@ -302,12 +303,12 @@ def _run_seed(
     missing = [arm for arm in arms if arm not in entries or arm in again]
     works = {}
     if missing:
-        with clock.unit("setup", f"seed {seed}: setup", counts=False):
+        with _turns.computing(), clock.unit("setup", f"seed {seed}: setup", counts=False):
             _seed_all("setup", seed)
             context = check.setup(seed)
         before = fingerprint(context)
         for arm in missing:
-            with clock.unit(arm, f"seed {seed}: {arm}"):
+            with _turns.computing(), clock.unit(arm, f"seed {seed}: {arm}"):
                 _seed_all("arm", seed)
                 entry, work = _entry(check, arm, seed, check.arms[arm](context))
                 where = changed(before, fingerprint(context))
@@ -320,7 +321,7 @@ def _run_seed(
                 entries.setdefault(arm, entry)
                 journal.write(seed, arm, entries[arm])
     if timing and works:
-        with clock.unit("timing", f"seed {seed}: timing {', '.join(works)}", counts=False):
+        with _turns.timing(), clock.unit("timing", f"seed {seed}: timing {', '.join(works)}", counts=False):
             seen = compare_times(works, rounds=LEAST_ROUNDS, min_seconds=0.05, seed=seed)
             times = {arm: {TIME_METRIC: list(seen.cpu[arm]), "wall seconds": list(seen.wall[arm])} for arm in works}
             journal.write(seed, "the timing", times)
@@ -423,7 +424,8 @@ def run_check(
     stop the run: they are `failures` of the record.
     """
     if isinstance(check, str):
-        slug, room, check = slug or check, room or find_room(check), load_check(check)
+        with _turns.computing():
+            slug, room, check = slug or check, room or find_room(check), load_check(check)
     slug, number = slug or "unnamed", check.seeds if seeds is None else seeds
     if number < 2 and check.seeds >= 2:
         raise UsageError(f"--seeds {number}; an interval over seeds needs at least 2")

@@ -1,7 +1,7 @@
 """`formulary check`: runs checks and prints what they saw.
 
-Several checks run in processes of their own, as many at once as there are cores; those that measure time run alone, after the
-others. What a check sees does not depend on it: each runs on one thread from its own seeds.
+Several checks run in processes of their own, as many at once as there are cores; while one of them times, the others wait. What
+a check sees does not depend on it: each runs on one thread from its own seeds.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from textwrap import fill, indent
 import numpy as np
 
 from formulary.errors import FormularyError, UsageError
+from formulary.evidence import _turns
 
 PROGRAM = (sys.executable, "-m", "formulary.cli", "check")
 _PLOT_ENDINGS = (".png", ".svg", ".pdf")
@@ -98,25 +100,25 @@ def _here(run: Callable, slugs: Iterable[str], options: Mapping) -> Iterator[Ran
 
 
 def _apart(slugs: Iterable[str], workers: int, options: Mapping) -> Iterator[Ran]:
-    """Every check in a process of its own, `workers` at once, then those that measure time one after the other."""
+    """Every check in a process of its own, `workers` at once; they stop for one another's timings."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    timed, processes = {slug for slug in slugs if _is_timed(slug)}, _Processes()
-    for names, at_once in (([s for s in slugs if s not in timed], workers), (sorted(timed), 1)):
-        with ThreadPoolExecutor(at_once) as pool:
-            try:
-                for future in as_completed([pool.submit(_in_a_process, name, options, processes) for name in names]):
-                    yield future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                processes.stop()
-                raise
+    with tempfile.TemporaryDirectory(prefix="formulary-turns-") as folder, ThreadPoolExecutor(workers) as pool:
+        processes = _Processes({_turns.VARIABLE: folder})
+        try:
+            for future in as_completed([pool.submit(_in_a_process, name, options, processes) for name in slugs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()
+            raise
 
 
 class _Processes:
-    """Processes that are stopped together, as by Ctrl-C."""
+    """Processes that are stopped together, as by Ctrl-C; `variables` are added to their environment."""
 
-    def __init__(self):
+    def __init__(self, variables: Mapping[str, str]):
+        self.environment = {**os.environ, **variables}
         self.lock, self.running, self.stopped = threading.Lock(), set(), False
 
     def output(self, program: list[str]) -> tuple[str, int]:
@@ -124,7 +126,7 @@ class _Processes:
         with self.lock:
             if self.stopped:
                 return "", -signal.SIGINT
-            process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=self.environment)
             self.running.add(process)
         text, _ = process.communicate()
         with self.lock:
@@ -137,17 +139,6 @@ class _Processes:
             self.stopped = True
             for process in self.running:
                 process.send_signal(signal.SIGINT)
-
-
-def _is_timed(slug: str) -> bool:
-    """Whether a check measures time. One that cannot be read is refused later, where its error is shown."""
-    from formulary.evidence._run import load_check
-
-    try:
-        check = load_check(slug)
-    except Exception:
-        return False
-    return any(one.timed for one in (check, check.smaller) if one is not None)
 
 
 def _in_a_process(slug: str, options: Mapping, processes: _Processes) -> Ran:
@@ -166,7 +157,11 @@ def _in_a_process(slug: str, options: Mapping, processes: _Processes) -> Ran:
 
 
 def _affordable_workers() -> int:
-    """One for every core that this process may use, as long as each has 2 GB of free memory."""
+    """One for every core that this process may use, as long as each has 2 GB of free memory; one where checks cannot wait for
+    one another.
+    """
+    if not _turns.supported():
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
