@@ -20,6 +20,7 @@ from formulary.contracts.data import Data
 from formulary.contracts.parts import Block, Linear
 from formulary.kernels import float32
 from formulary.kernels.compensation import Gram
+from formulary.kernels.int8 import version
 
 
 class _Reached(Exception):
@@ -52,6 +53,41 @@ class Outputs:
         return self._kept[stack, index][1]
 
 
+class _Apart(Exception):
+    """Two linears that had the same input so far have another one each."""
+
+
+class _Grams:
+    """X^T X by linear and expert. Those that are called one after the other on the very same tensor (queries, keys and values)
+    share one sum.
+    """
+
+    def __init__(self, share: bool):
+        self.share, self.sums, self.leader, self.latest = share, {}, {}, None
+
+    def add(self, key: tuple[str, int | None], x: Tensor) -> None:
+        state = (x.data_ptr(), x.shape, x.stride(), version(x))
+        same = self.latest is not None and self.latest[1] == state and self.share
+        leader = self.latest[0] if same else key
+        if self.leader.setdefault(key, leader) != leader:
+            raise _Apart
+        if leader == key:
+            if key not in self.sums:
+                self.sums[key] = Gram(x.shape[1], x.device)
+            self.sums[key].add(x)
+        self.latest = leader, state, x  # keeps x alive, so that no other tensor takes its place in memory
+
+    def take(self, key: tuple[str, int | None]) -> Tensor | None:
+        """The sum, forgotten when nothing else shares it; None where no row came."""
+        self.latest = None
+        leader = self.leader.pop(key, None)
+        if leader is None:
+            return None
+        if isinstance(self.sums[leader], Gram):
+            self.sums[leader] = self.sums[leader].total()
+        return self.sums[leader] if leader in self.leader.values() else self.sums.pop(leader)
+
+
 class Blockwise:
     """Observe a block's linears, change them, then `advance` past the block, for each of `blocks` in order.
 
@@ -79,26 +115,40 @@ class Blockwise:
 
     def observe(self, block: Block | None, linears: Sequence[Linear], see: Callable) -> None:
         """`see(part, inputs (tokens, in), expert)` for all the data, padding left out; a block of None runs the whole
-        model.
+        model. The others are taken to call the linears as the first batch does.
         """
-        with parts.observe(linears, see) as run:
+        calls, last = [], None
+
+        def looked(part, x, expert):
+            see(part, x, expert)
+            calls.append(part)
+            if part is last:
+                raise _Reached
+
+        with parts.observe(linears, looked) as run:
             for index, batch in enumerate(self.data.batches()):
                 self._run(lambda batch: run(self.model, batch), batch, index, block if self.sequential else None)
+                if len(calls) == len(linears) and not any(part.experts for part in linears):
+                    last = calls[-1]  # what follows it need not be computed for the other batches
+                calls.clear()
 
     def grams(self, block: Block | None, linears: Sequence[Linear]) -> Iterator[tuple[Linear, list[Tensor | None]]]:
         """(part, X^T X of its inputs in float32, one per expert or just one), None where no token came, in order."""
         for group in self._passes(linears):
-            sums: dict[tuple[str, int | None], Gram] = {}
-
-            def see(part, x, expert):
-                if (part.name, expert) not in sums:
-                    sums[part.name, expert] = Gram(x.shape[1], x.device)
-                sums[part.name, expert].add(x)
-
-            self.observe(block, group, see)
+            found = self._grams(block, group, share=True)
+            if found is None:
+                found = self._grams(block, group, share=False)
             for part in group:
-                found = [sums.pop((part.name, expert), None) for expert in (range(part.experts) or [None])]
-                yield part, [None if gram is None else gram.total() for gram in found]
+                yield part, [found.take((part.name, expert)) for expert in (range(part.experts) or [None])]
+
+    def _grams(self, block: Block | None, linears: Sequence[Linear], share: bool) -> "_Grams | None":
+        """The sums over all the data; None if linears that shared an input in one batch do not in another."""
+        grams = _Grams(share)
+        try:
+            self.observe(block, linears, lambda part, x, expert: grams.add((part.name, expert), x))
+        except _Apart:
+            return None
+        return grams
 
     def advance(self, block: Block) -> None:
         """Record the block's output on all the data; the blocks after it will see that."""
@@ -125,7 +175,7 @@ class Blockwise:
         return groups
 
     def _run(self, run: Callable, batch: dict, index: int, stop: Block | None):
-        """One forward pass, up to the end of the block `stop`, whose output is returned."""
+        """One forward pass, up to the end of the block `stop`, whose output is returned, if no observer ended it before."""
         batch = _on(self.device, batch)
         seen = []
 
@@ -149,7 +199,7 @@ class Blockwise:
                 with float32.faster():
                     run(batch)
             except _Reached:
-                return seen[0]
+                return seen[0] if seen else None
 
     def _calls(self) -> list[str]:
         """Names of the blocks in the order in which the model calls them, from a run over the first item that ends
