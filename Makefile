@@ -36,8 +36,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/sparse.py
 	$(BIN)/python benchmarks/scans.py
+	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r benchmarks/requirements-quantizing.txt
+	$(BIN)/python benchmarks/quantizing.py --peers $(VENV)-peers/bin/python
 	$(BIN)/python benchmarks/pareto.py
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) $(VENV)-peers demo build dist

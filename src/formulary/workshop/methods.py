@@ -11,28 +11,22 @@ from formulary.errors import FormularyError, UsageError
 ON_MODELS = ("transform", "attention", "layer")
 
 
-def bases() -> dict[str, type]:
-    """The base class of every contract."""
-    from formulary.contracts.attention import Attention
-    from formulary.contracts.estimator import Estimator
-    from formulary.contracts.layer import Layer
-    from formulary.contracts.model import Model
-    from formulary.contracts.probe import Probe
-    from formulary.contracts.recipe import Recipe
-    from formulary.contracts.study import Study
-    from formulary.contracts.transform import Transform
+def base(contract: str) -> type:
+    """The base class of a contract, its module imported only when it is asked for."""
+    from formulary import contracts
 
-    return dict(attention=Attention, layer=Layer, transform=Transform, recipe=Recipe, probe=Probe, model=Model,
-                estimator=Estimator, study=Study)  # fmt: skip
+    return getattr(contracts, contract.title())
 
 
 def contracts_of(slug: str) -> dict[str, list[type]]:
     """contract -> the classes that the room exports for it, in the order of its card's `contract`."""
     from formulary.catalogue import card
 
-    room, known = load_room(slug), bases()
+    room, found = load_room(slug), {}
     exported = [value for value in vars(room).values() if isinstance(value, type)]
-    found = {c: [cls for cls in exported if issubclass(cls, known[c]) and cls is not known[c]] for c in card(slug).contract}
+    for contract in card(slug).contract:
+        known = base(contract)
+        found[contract] = [cls for cls in exported if issubclass(cls, known) and cls is not known]
     return {contract: classes for contract, classes in found.items() if classes}
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from formulary.contracts.data import Data
@@ -32,9 +31,11 @@ class Quality:
 
     def interval(self) -> tuple[float, float, float]:
         """(estimate, low, high): the mean with its 95 % t interval over items, on the scale shown."""
+        from scipy.special import stdtrit
+
         x = np.asarray(self.outcomes, dtype=float)
         mean = float(x.mean())
-        half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")
+        half = float(stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")
         values = (mean, mean - half, mean + half)
         if self.show == "exp":
             return tuple(float(np.exp(min(v, 700))) for v in values)
