@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,7 +101,9 @@ def test_several_checks_run_in_processes_of_their_own_two_at_once(tmp_path, monk
 import json, os, pathlib, sys, time
 slug, log = sys.argv[2], pathlib.Path({str(log)!r})
 with log.open("a") as file: file.write(f"start {{slug}}\\n")
-time.sleep(0.3)
+for _ in range(1000):
+    if log.read_text().count("start") > 1: break
+    time.sleep(0.02)
 with log.open("a") as file: file.write(f"end {{slug}}\\n")
 if slug == "broken" or not os.path.isdir(os.environ["FORMULARY_TURNS"]): sys.exit(3)
 print(json.dumps({{**json.loads({json.dumps(json.dumps(made))}), "slug": slug}}))
@@ -131,7 +134,7 @@ for _ in range(8):
     kinds = ["compute", "compute", "time", "time"]
     start = lambda kind: subprocess.Popen(
         [sys.executable, "-c", body, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, _turns.VARIABLE: str(tmp_path)},
+        env={**os.environ, **_turns.environment(str(tmp_path))},
     )  # fmt: skip
     processes = [start(kind) for kind in kinds]
     for process in processes:
@@ -160,6 +163,43 @@ def test_ctrl_c_stops_every_process_of_several(tmp_path, monkeypatch):
         processes.stop()
         assert [future.result()[1] != 0 for future in futures] == [True, True]
     assert processes.output([sys.executable, "-c", "print(1)"])[0] == "", "nothing starts afterwards"
+
+
+def test_a_check_whose_parent_was_killed_stops_before_its_next_step(tmp_path):
+    child = """
+import os, pathlib, sys, time
+from formulary.evidence import _turns
+for _ in range(600):
+    with _turns.computing():
+        pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+        time.sleep(0.05)
+"""
+    parent = """
+import sys
+from formulary.evidence import _turns, command
+command._Processes(_turns.environment(sys.argv[1])).output([sys.executable, "-c", sys.argv[2], sys.argv[1] + "/pid"])
+"""
+    started = subprocess.Popen([sys.executable, "-c", parent, str(tmp_path), child], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.02)
+    pid = int((tmp_path / "pid").read_text())
+    started.kill()
+    started.wait()
+    for _ in range(500):
+        if not _alive(pid):
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("it went on")
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs, and is not merely waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize("options", [{"slug": "gptq", "workers": 2}, {"everything": True, "workers": 0}])

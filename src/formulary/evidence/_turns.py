@@ -2,7 +2,8 @@
 
 `computing` is held by any number of processes at once, `timing` by one while nobody computes: who wants to time waits until the
 others have finished their step, and they start none before the times are taken. The two are locks on two files of a folder that
-the processes were told of in the environment; without that, and where there are no such locks (Windows), nobody waits.
+the processes were told of in the environment; without that, and where there are no such locks (Windows), nobody waits. A process
+whose parent was killed stops before its next step.
 """
 
 import os
@@ -15,8 +16,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VARIABLE = "FORMULARY_TURNS"
-"""The environment variable that names the folder."""
+FOLDER, PARENT = "FORMULARY_TURNS", "FORMULARY_TURNS_PARENT"
+"""The environment variables that name the folder and the process that started all."""
+
+
+def environment(folder: str) -> dict[str, str]:
+    """What to tell the processes that take turns."""
+    return {FOLDER: folder, PARENT: str(os.getpid())}
 
 
 def supported() -> bool:
@@ -42,10 +48,12 @@ def timing() -> Iterator[None]:
 
 @contextmanager
 def _locked(name: str, shared: bool) -> Iterator[None]:
-    folder = os.environ.get(VARIABLE)
+    folder = os.environ.get(FOLDER)
     if not folder or fcntl is None:
         yield
         return
+    if os.getppid() != int(os.environ[PARENT]):
+        raise KeyboardInterrupt
     with open(Path(folder, name), "a") as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield  # closing the file gives the lock back, also where the process is killed

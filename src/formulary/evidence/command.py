@@ -104,7 +104,7 @@ def _apart(slugs: Iterable[str], workers: int, options: Mapping) -> Iterator[Ran
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     with tempfile.TemporaryDirectory(prefix="formulary-turns-") as folder, ThreadPoolExecutor(workers) as pool:
-        processes = _Processes({_turns.VARIABLE: folder})
+        processes = _Processes(_turns.environment(folder))
         try:
             for future in as_completed([pool.submit(_in_a_process, name, options, processes) for name in slugs]):
                 yield future.result()
