@@ -30,7 +30,7 @@ from formulary.contracts.edits import Editor
 from formulary.contracts.parts import Linear
 from formulary.contracts.transform import check_range
 from formulary.errors import FormularyError, UsageError
-from formulary.kernels import compensation
+from formulary.kernels import compensation, float32
 
 from .._parts import MIN_FEATURES, Grid, PackedExperts, PackedLinear, Quantized, replace, round_to_nearest
 
@@ -127,13 +127,13 @@ class GPTQ(BlockTransform):
         """Quantize one weight matrix and enter its error into the report."""
         dtype = part.raw.dtype
         rounded = round_to_nearest(weight, self.grid, dtype)
-        if gram is None or not gram.any():
+        if gram is None or not gram.diagonal().any():
             report.figures["unreached"] = [*report.figures.get("unreached", []), name]
             if self.ordered:
                 index = torch.arange(weight.shape[1], device=weight.device) // self.grid.columns(weight.shape[1])
                 rounded.group_index = index
             return rounded
-        if not torch.isfinite(gram).all():
+        if not torch.isfinite(gram.diagonal()).all():  # no entry is larger than the two of its diagonal
             raise FormularyError(f"the inputs of {name} overflow or are NaN in calibration: try another dtype or data")
         dead = int((gram.diagonal() == 0).sum())
         if dead:
@@ -144,11 +144,11 @@ class GPTQ(BlockTransform):
         )  # fmt: skip
         if damp > self.damp:
             report.note(f"the Hessian of {name} needed damping of {damp:g} instead of {self.damp:g}")
-        energy = output_error(weight, torch.zeros_like(weight), gram)
+        energy, ours, nearest = (
+            output_error(weight, other, gram) for other in (torch.zeros_like(weight), made.dense(self.grid), rounded.dense(self.grid))
+        )
         report.tables.setdefault("relative squared output error", []).append({
-            "layer": name,
-            "gptq": output_error(weight, made.dense(self.grid), gram) / max(energy, 1e-30),
-            "round to nearest": output_error(weight, rounded.dense(self.grid), gram) / max(energy, 1e-30),
+            "layer": name, "gptq": ours / max(energy, 1e-30), "round to nearest": nearest / max(energy, 1e-30)
         })  # fmt: skip
         return made
 
@@ -163,7 +163,8 @@ def output_error(
 ) -> float:
     """||X (W - W')^T||^2 for gram = X^T X."""
     difference = weight - other
-    return float((difference @ gram * difference).sum())
+    product = difference @ gram if gram.device.type != "cpu" else float32.linear(difference, gram)
+    return float(product.mul_(difference).sum())
 
 
 def compensated(
