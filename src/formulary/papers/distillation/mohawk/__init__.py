@@ -1,0 +1,1 @@
+from .method import DiscreteMamba2, Mohawk
