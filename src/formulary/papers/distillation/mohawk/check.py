@@ -7,6 +7,9 @@ the same student, nothing of which is the teacher's, after as many steps on the 
 three learning rates (the same in all its stages) on windows of the training books, on a seed that is not measured.
 Prediction, from the paper's ablation of stages: 1+2+3 is better than 2+3, which is better than 3 only, whose gap to the
 teacher it at least halves.
+
+Version 1 drew new test windows for every seed and was void: one baseline, run again, came out better than itself. Nothing
+but the windows and a sixth seed changed.
 """
 
 import copy
@@ -30,9 +33,9 @@ def teacher():
     return lab.trained_char_gpt(layers=3, width=96, heads=4)
 
 
-def losses(model, split: str, seed: int) -> torch.Tensor:
-    """Nats per character of each of some windows."""
-    batch = lab.tasks.CharText(LENGTH, split=split).batch(WINDOWS, torch.Generator().manual_seed(2**31 + seed))
+def losses(model, split: str) -> torch.Tensor:
+    """Nats per character of each of some windows, the same for all seeds."""
+    batch = lab.tasks.CharText(LENGTH, split=split).batch(WINDOWS, torch.Generator().manual_seed(2**31))
     return lab.metrics.sequence_loss(model, [batch]).per_token
 
 
@@ -60,20 +63,20 @@ def student(name: str, seed: int, rate: float):
 
 @cache
 def best_rate(name: str) -> float:
-    return min(RATES, key=lambda rate: float(losses(student(name, TUNING_SEED, rate), "train", TUNING_SEED).mean()))
+    return min(RATES, key=lambda rate: float(losses(student(name, TUNING_SEED, rate), "train").mean()))
 
 
 def arm(name: str, seed: int) -> Outcome:
     model = student(name, seed, best_rate(name))
-    gaps = losses(model, "test", seed) - losses(teacher(), "test", seed)
+    gaps = losses(model, "test") - losses(teacher(), "test")
     budget = {"parameters": parts.count_weights(model), "tokens": STEPS * BATCH * LENGTH, "tuning trials": len(RATES)}
     return Outcome(gaps.tolist(), budget=budget)
 
 
 check = Check(
-    claim="Of 100 steps that turn three layers of attention into state space mixers, 25 on matrices and 25 on outputs leave a "
-    "smaller gap to the teacher than 50 on outputs, which leave a smaller one than none (3 only); it is at most half of that of "
-    "3 only; and all are better than the same mixers trained from scratch for as many steps.",
+    claim="Of 100 steps that turn three layers of attention into state space mixers, 25 on matrices and 25 on outputs "
+    "leave a smaller gap to the teacher than 50 on outputs, which leave a smaller one than none (3 only); it is at most "
+    "half of that of 3 only; and all are better than the same mixers trained from scratch for as many steps.",
     setup=lambda seed: seed,
     arms={name: partial(arm, name) for name in (*STAGES, "scratch")},
     metric=GAP,
@@ -83,9 +86,9 @@ check = Check(
         at_most("2+3", "3 only"),
         *(at_most(name, "scratch") for name in STAGES),
     ),
-    items="fresh",
-    redraws="the mixers' first weights, training and test text",
-    seeds=5,
-    version=1,
+    items="same",
+    redraws="the mixers' first weights and training text",
+    seeds=6,
+    version=2,
     scope="one Llama of three layers of width 96, trained for 400 steps on characters of one book, and 100 steps of distillation",
 )
