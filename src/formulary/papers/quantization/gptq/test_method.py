@@ -251,3 +251,14 @@ def test_parameters_out_of_range_are_refused_in_one_line(settings_):
 def test_a_damaged_config_is_refused(args):
     with pytest.raises(FormularyError):
         PackedLinear(**{"in_features": 8, "out_features": 8} | args)
+
+
+@pytest.mark.parametrize("value", [1e25, torch.nan])
+def test_calibration_that_overflows_is_refused_by_name_and_nothing_changes(value):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = value
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FormularyError, match="layers.1.mlp.*(overflow|NaN)"):
+        GPTQ(bits=4).apply(model, data_for(model))
+    assert all(torch.equal(x.nan_to_num(), before[key].nan_to_num()) for key, x in model.state_dict().items())
