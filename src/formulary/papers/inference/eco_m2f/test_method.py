@@ -211,3 +211,10 @@ def test_models_that_it_cannot_judge_are_refused_and_left_alone():
         assert not any(isinstance(module, ExitBlock) for module in model.modules())
     with pytest.raises(FormularyError, match="no eco-m2f edits"):
         depth_of(made(ViTModel))
+
+
+def test_a_model_in_half_precision_comes_back_so():
+    model = made(ViTModel, 2).to(torch.bfloat16)
+    data = Data([{"pixel_values": item["pixel_values"].to(torch.bfloat16)} for item in pictures(model).items], batch_size=4)
+    changed, _ = EcoM2F(first_exit=1, parent_steps=2).apply(model, data)
+    assert {p.dtype for name, p in changed.named_parameters() if "exit_gate" not in name} == {torch.bfloat16}

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM
 
 from formulary.contracts import parts
 from formulary.errors import UsageError
@@ -208,3 +209,11 @@ def test_with_targets_attention_stays_and_it_is_said(data_for):
 def test_parameters_out_of_range_are_refused_in_one_line(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         TeacherIntervention(**wrong)
+
+
+def test_a_table_that_a_head_shares_stays_and_it_is_said(data_for):
+    config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    model = BertForMaskedLM(config)
+    changed, report = TeacherIntervention(steps=1, intervention_steps=1).apply(model, data_for(tiny("bert")))
+    assert not any(isinstance(module, TernaryEmbedding) for module in changed.modules())
+    assert changed.get_input_embeddings().weight is changed.get_output_embeddings().weight and "tied" in report.headline
