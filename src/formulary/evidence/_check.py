@@ -125,11 +125,6 @@ class Check:
         """The arm that the check is about."""
         return self.predicates[0].a
 
-    @property
-    def timed(self) -> bool:
-        """Whether it measures time, so that nothing else should run beside it."""
-        return any(isinstance(p, Speedup) or p.metric in (TIME_METRIC, "wall seconds") for p in self.predicates)
-
     def metric_of(self, predicate: Predicate, reported: Mapping[str, list[str]]) -> str:
         """The metric that a predicate is about, given the metrics that each arm reported. UsageError if unclear."""
         of_arm = reported[predicate.a]
