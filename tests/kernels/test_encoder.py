@@ -102,3 +102,27 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("width", [1, 16, 33, 384])
+def test_embeddings_are_summed_and_normed(width):
+    g = torch.Generator().manual_seed(width)
+    tables = [3 * torch.randn(rows, width, generator=g) for rows in (50, 7, 2)]
+    ids = [torch.randint(0, len(table), (5, 9), generator=g) for table in tables]
+    weight, shift = torch.randn(2, width, generator=g)
+    seen = encoder.embed(tables, ids, weight, shift, 1e-3)
+    total = sum(table.double()[i] for i, table in zip(ids, tables))
+    centered = total - total.mean(-1, keepdim=True)
+    wanted = centered / (centered.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight + shift
+    torch.testing.assert_close(seen.double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.plain_embed(tables, ids, weight, shift, 1e-3), seen, atol=1e-5, rtol=1e-5)
+    strided = [torch.randn(len(table), 2 * width, generator=g)[:, :width].copy_(table) for table in tables]
+    assert torch.equal(encoder.embed(strided, [i.int() for i in ids], weight, shift, 1e-3), seen)
+    assert encoder.embed(tables, [i[:0] for i in ids], weight, shift, 1e-3).shape == (0, 9, width)
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_an_id_that_no_table_has_is_refused(wrong):
+    tables, ids = [torch.randn(9, 4), torch.randn(7, 4)], [torch.tensor([3]), torch.tensor([wrong])]
+    with pytest.raises(IndexError):
+        encoder.embed(tables, ids, torch.ones(4), torch.zeros(4), 1e-5)

@@ -4,6 +4,9 @@
 #include "vectors.hpp"
 
 #ifdef HAS_INT8
+#ifdef __AVX512BF16__
+#define HAS_HALVES 1
+#endif
 using namespace formulary;
 
 struct Shape {                                         // as in blocks.py
@@ -63,24 +66,22 @@ static void normalize(const float* x, int64_t n, const float* weight, const floa
     float mean = 0.0f;
     if (shift) {
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < n; j += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes(n - j), x + j));
+        by_vectors(n, [&](int64_t j, __mmask16 m) { sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(m, x + j)); });
         mean = _mm512_reduce_add_ps(sum) / n;
     }
     const __m512 middle = _mm512_set1_ps(mean);
     __m512 squares = _mm512_setzero_ps();
-    for (int64_t j = 0; j < n; j += 16) {
-        const __mmask16 m = lanes(n - j);
+    by_vectors(n, [&](int64_t j, __mmask16 m) {
         const __m512 d = _mm512_maskz_sub_ps(m, _mm512_maskz_loadu_ps(m, x + j), middle);
         squares = _mm512_fmadd_ps(d, d, squares);
-    }
+    });
     const __m512 inverse = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
-    for (int64_t j = 0; j < n; j += 16) {
-        const __mmask16 m = lanes(n - j);
+    by_vectors(n, [&](int64_t j, __mmask16 m) {
         __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(m, x + j), middle), inverse);
         y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(m, weight + j));
         if (shift) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(m, shift + j));
         _mm512_mask_storeu_ps(to + j, m, y);
-    }
+    });
 }
 
 // A step between rows that spreads them over the sets of the cache: an odd number of its lines.
@@ -104,7 +105,7 @@ struct View {  // (tokens, width) with a step between tokens
     int64_t step;
 };
 
-#ifdef HAS_AMX
+#ifdef HAS_HALVES
 static inline __m512i pairs(const float* x, int64_t left) {  // 32 floats as bfloat16
     const __m512 low = _mm512_maskz_loadu_ps(lanes(left), x), high = _mm512_maskz_loadu_ps(lanes(left - 16), x + 16);
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
@@ -148,10 +149,60 @@ static inline __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// `many` heads that share keys and values (length, width), in bfloat16 with float32 sums. Query i sees the keys before
-// first + i + 1 when `causal`. Needs tiles.
-static void attend_tiles(View query, int64_t queries, int64_t many, View key, View value, int64_t length, int64_t width, float scale,
-                         bool causal, int64_t first, float* out, int64_t out_step, Head& head) {
+// out (16, 32), rows `out_step` apart: 16 rows of `a` in bfloat16, `a_step` apart, times the 32 columns of two panels of `deep` inputs, each
+// (deep / 2, 16, 2). Rows beyond `count` may be left out.
+#ifdef HAS_AMX
+static inline void tile_products(const uint16_t* a, int64_t a_step, int64_t deep, const uint16_t* first, const uint16_t* second, float* out,
+                                 int64_t out_step) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < deep; k += 32) {
+        _tile_loadd(4, a + k, 2 * a_step);
+        _tile_loadd(6, first + 16 * k, 64);
+        _tile_loadd(7, second + 16 * k, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, out, 4 * out_step);
+    _tile_stored(1, out + 16, 4 * out_step);
+}
+#endif
+
+static inline __m512 dot_halves(__m512 sum, __m512i a, __m512i b) {  // in assembly as `dot` of int8.hpp, for the same reason
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+template <int N>
+APART void vector_products(const uint16_t* a, int64_t a_step, int64_t deep, const uint16_t* first, const uint16_t* second, float* out,
+                           int64_t out_step) {
+    __m512 sum[N][2];
+    UNROLLED for (int r = 0; r < N; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < deep; k += 2) {
+        const __m512i left = _mm512_loadu_si512(first + 16 * k), right = _mm512_loadu_si512(second + 16 * k);
+        UNROLLED for (int r = 0; r < N; ++r) {
+            const __m512i pair = four_of(reinterpret_cast<const int8_t*>(a + r * a_step + k));
+            sum[r][0] = dot_halves(sum[r][0], pair, left);
+            sum[r][1] = dot_halves(sum[r][1], pair, right);
+        }
+    }
+    UNROLLED for (int r = 0; r < N; ++r) UNROLLED for (int h = 0; h < 2; ++h) _mm512_storeu_ps(out + r * out_step + 16 * h, sum[r][h]);
+}
+
+static inline void products(bool tiles, const uint16_t* a, int64_t a_step, int64_t count, int64_t deep, const uint16_t* first,
+                            const uint16_t* second, float* out, int64_t out_step) {
+#ifdef HAS_AMX
+    if (tiles) return tile_products(a, a_step, deep, first, second, out, out_step);
+#endif
+    for (; count >= 8; count -= 8, a += 8 * a_step, out += 8 * out_step) vector_products<8>(a, a_step, deep, first, second, out, out_step);
+    for (; count >= 2; count -= 2, a += 2 * a_step, out += 2 * out_step) vector_products<2>(a, a_step, deep, first, second, out, out_step);
+    if (count) vector_products<1>(a, a_step, deep, first, second, out, out_step);
+}
+
+// `many` heads that share keys and values (length, width), in bfloat16 with float32 sums, on tiles or AVX-512; in float32 where the
+// processor lacks bfloat16. Query i sees the keys before first + i + 1 when `causal`.
+static void attend_heads(bool tiles, View query, int64_t queries, int64_t many, View key, View value, int64_t length, int64_t width, float scale,
+                          bool causal, int64_t first, float* out, int64_t out_step, Head& head) {
     const int64_t keys = (length + 31) / 32 * 32, deep = (width + 31) / 32 * 32, blocks = deep / 32;
     head.halves.resize(2 * keys * deep + 16 * deep + 16 * keys);
     uint16_t *packed_keys = head.halves.data(), *packed_values = packed_keys + keys * deep;
@@ -187,17 +238,8 @@ static void attend_tiles(View query, int64_t queries, int64_t many, View key, Vi
                                         r < count ? pairs(q + r * query.step + 32 * b, width - 32 * b) : _mm512_setzero_si512());
             const int64_t seen = causal ? std::min(length, first + start + count) : length, used = (seen + 31) / 32 * 32;
             for (int64_t j = 0; j < used; j += 32) {
-                _tile_zero(0);
-                _tile_zero(1);
-                for (int64_t b = 0; b < blocks; ++b) {
-                    _tile_loadd(4, rows + 32 * b, 2 * deep);
-                    _tile_loadd(6, packed_keys + (j / 16 * blocks + b) * 512, 64);
-                    _tile_loadd(7, packed_keys + ((j / 16 + 1) * blocks + b) * 512, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                }
-                _tile_stored(0, scores + j, 4 * keys);
-                _tile_stored(1, scores + j + 16, 4 * keys);
+                const uint16_t* some = packed_keys + j * deep;
+                products(tiles, rows, deep, count, deep, some, some + 16 * deep, scores + j, keys);
             }
             float inverse[16];
             for (int64_t r = 0; r < count; ++r) {
@@ -219,17 +261,7 @@ static void attend_tiles(View query, int64_t queries, int64_t many, View key, Vi
             }
             for (int64_t d = 0; d < deep; d += 32) {
                 const uint16_t* columns = packed_values + d / 16 * (keys / 32) * 512;
-                _tile_zero(2);
-                _tile_zero(3);
-                for (int64_t j = 0; j < used; j += 32) {
-                    _tile_loadd(4, shares + j, 2 * keys);
-                    _tile_loadd(6, columns + j / 32 * 512, 64);
-                    _tile_loadd(7, columns + (keys + j) / 32 * 512, 64);
-                    _tile_dpbf16ps(2, 4, 6);
-                    _tile_dpbf16ps(3, 4, 7);
-                }
-                _tile_stored(2, product, 128);
-                _tile_stored(3, product + 16, 128);
+                products(tiles, shares, keys, count, used, columns, columns + 16 * keys, product, 32);
                 for (int64_t r = 0; r < count; ++r)
                     for (int64_t half = 0; half < 32; half += 16)
                         _mm512_mask_storeu_ps(out + (start + r) * out_step + h * width + d + half, lanes(width - d - half),
@@ -237,10 +269,8 @@ static void attend_tiles(View query, int64_t queries, int64_t many, View key, Vi
             }
         }
 }
-#endif
-
-// The same in float32, by vectors.hpp.
-static void attend_vectors(View query, int64_t queries, int64_t many, View key, View value, int64_t length, int64_t width, float scale,
+#else
+static void attend_heads(bool, View query, int64_t queries, int64_t many, View key, View value, int64_t length, int64_t width, float scale,
                            bool causal, int64_t first, float* out, int64_t out_step, Head& head) {
     constexpr int COUNT = 6, WIDE = 2;
     const int64_t padded = (length + 15) / 16 * 16, wide = (width + 16 * WIDE - 1) / (16 * WIDE) * 16 * WIDE;
@@ -264,6 +294,15 @@ static void attend_vectors(View query, int64_t queries, int64_t many, View key, 
                             to + i * out_step, out_step);
     }
 }
+#endif
+
+extern "C" int in_halves() {
+#ifdef HAS_HALVES
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // ---------------------------------------------------------------- the block
 
@@ -284,6 +323,11 @@ static Work<L>& work() {
 }
 
 static inline void add_and_put(float* to, const float* residual, int64_t n, int64_t size, const __m512* out) {
+    if (n + 32 <= size) {
+        _mm512_storeu_ps(to + n, _mm512_add_ps(out[0], _mm512_loadu_ps(residual + n)));
+        _mm512_storeu_ps(to + n + 16, _mm512_add_ps(out[1], _mm512_loadu_ps(residual + n + 16)));
+        return;
+    }
     const __m512 sums[2] = {_mm512_add_ps(out[0], _mm512_maskz_loadu_ps(lanes(size - n), residual + n)),
                             _mm512_add_ps(out[1], _mm512_maskz_loadu_ps(lanes(size - n - 16), residual + n + 16))};
     put(to, n, size, sums);
@@ -339,48 +383,47 @@ static void finish(const Block<L>& b, const float* attended, const float* x, int
         for (int64_t r = 0; r < count; ++r) normalize(y + r * n, n, b.weight2, b.shift2, b.eps2, y + r * n);
 }
 
-// x (tokens, n) -> y (tokens, n); sequence s holds the tokens starts[s] to starts[s + 1], and all of them see each other.
+// x (tokens, n) -> y (tokens, n), which may be x, for the sequences from `from` to `to`; sequence s holds the tokens starts[s] to
+// starts[s + 1], and all of them see each other.
 template <class L>
-static void encode_block(const Block<L>& b, const float* x, const int64_t* starts, int64_t sequences, int32_t level, float* y) {
+static void encode_block(const Block<L>& b, const float* x, const int64_t* starts, int64_t from, int64_t to, int32_t level, float* y) {
     const int64_t n = b.joint.inputs, joined = apart(b.joint.outputs), attended = apart(b.heads * b.width), many = b.heads / b.groups;
+    const int64_t base = starts[from], tokens = starts[to] - base;
     static thread_local std::vector<float> memory;
-    for (int64_t from = 0, to; from < sequences; from = to) {
-        // as many sequences at once as the cache holds: about 512 tokens
-        for (to = from + 1; to < sequences && starts[to + 1] - starts[from] <= 512; ++to) {}
-        const int64_t base = starts[from], tokens = starts[to] - base;
-        float *joint = grown(memory, tokens * (joined + attended)), *context = joint + tokens * joined;
+    float *joint = grown(memory, tokens * (joined + attended)), *context = joint + tokens * joined;
 #pragma omp parallel if (tokens > ROWS)
-        {
-            const Tiles tiles(level == 2);
-            Work<L>& w = work<L>();
+    {
+        const Tiles tiles(level == 2);
+        Work<L>& w = work<L>();
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < tokens; r += ROWS)
-                project(b, x + (base + r) * n, std::min(ROWS, tokens - r), level == 2, joint + r * joined, w);
+        for (int64_t r = 0; r < tokens; r += ROWS)
+            project(b, x + (base + r) * n, std::min(ROWS, tokens - r), level == 2, joint + r * joined, w);
 #pragma omp for schedule(dynamic) collapse(2)
-            for (int64_t s = from; s < to; ++s)
-                for (int64_t g = 0; g < b.groups; ++g) {
-                    const int64_t start = starts[s] - base, length = starts[s + 1] - starts[s];
-                    if (length <= 0) continue;
-                    const float* at = joint + start * joined;
-                    const View query{at + g * many * b.width, joined}, key{at + (b.heads + g) * b.width, joined},
-                        value{at + (b.heads + b.groups + g) * b.width, joined};
-                    float* out = context + start * attended + g * many * b.width;
-#ifdef HAS_AMX
-                    if (level == 2)
-                        attend_tiles(query, length, many, key, value, length, b.width, b.scale, false, 0, out, attended, w.head);
-                    else
-#endif
-                        attend_vectors(query, length, many, key, value, length, b.width, b.scale, false, 0, out, attended, w.head);
-                }
+        for (int64_t s = from; s < to; ++s)
+            for (int64_t g = 0; g < b.groups; ++g) {
+                const int64_t start = starts[s] - base, length = starts[s + 1] - starts[s];
+                if (length <= 0) continue;
+                const float* at = joint + start * joined;
+                const View query{at + g * many * b.width, joined}, key{at + (b.heads + g) * b.width, joined},
+                    value{at + (b.heads + b.groups + g) * b.width, joined};
+                float* out = context + start * attended + g * many * b.width;
+                attend_heads(level == 2, query, length, many, key, value, length, b.width, b.scale, false, 0, out, attended, w.head);
+            }
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < tokens; r += ROWS)
-                finish(b, context + r * attended, x + (base + r) * n, std::min(ROWS, tokens - r), level == 2, y + (base + r) * n, w);
-        }
+        for (int64_t r = 0; r < tokens; r += ROWS)
+            finish(b, context + r * attended, x + (base + r) * n, std::min(ROWS, tokens - r), level == 2, y + (base + r) * n, w);
     }
 }
 
-extern "C" void encode(const Shape* block, const float* x, const int64_t* starts, int64_t sequences, int32_t level, float* y) {
-    with_linears(*block, [&](const auto& b) { encode_block(b, x, starts, sequences, level, y); });
+// All blocks of a stack, one after the other.
+extern "C" void encode(const Shape* const* blocks, int64_t count, const float* x, const int64_t* starts, int64_t sequences, int32_t level,
+                       float* y) {
+    for (int64_t from = 0, to; from < sequences; from = to) {
+        // as many sequences at once as the cache holds: about 512 tokens
+        for (to = from + 1; to < sequences && starts[to + 1] - starts[from] <= 512; ++to) {}
+        for (int64_t i = 0; i < count; ++i)
+            with_linears(*blocks[i], [&](const auto& b) { encode_block(b, i ? y : x, starts, from, to, level, y); });
+    }
 }
 
 // ---------------------------------------------------------------- decoding
@@ -474,12 +517,7 @@ static void decode_block(const Block<L>& b, const float* x, int64_t batch, int64
                 continue;
             }
             const View query{q, joined}, key{k, width}, value{v, width};
-#ifdef HAS_AMX
-            if (level == 2)
-                attend_tiles(query, length, many, key, value, past + length, width, b.scale, true, past, out, attended, w.head);
-            else
-#endif
-                attend_vectors(query, length, many, key, value, past + length, width, b.scale, true, past, out, attended, w.head);
+            attend_heads(level == 2, query, length, many, key, value, past + length, width, b.scale, true, past, out, attended, w.head);
         }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r += ROWS)

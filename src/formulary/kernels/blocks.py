@@ -4,8 +4,9 @@ parts stays in the cache.
     post-norm: m = norm1(x + out(attention(x))),  y = norm2(m + down(act(up(m))))
     pre-norm:  m = x + out(attention(norm1(x))),  y = m + down(act(up(norm2(m))))
 
-Linears are those of `kernels.int8` or of `kernels.int4`; attention runs on AMX tiles in bfloat16 with float32 sums,
-elsewhere in float32. The plain twin is the same block in PyTorch.
+Linears are those of `kernels.int8` or of `kernels.int4`; attention of more than a few queries runs in bfloat16 with float32 sums
+where the processor has instructions for it (AMX tiles, AVX-512 BF16), elsewhere in float32. The plain twin is the same block in
+PyTorch.
 """
 
 import ctypes
@@ -182,14 +183,6 @@ class Native:
             *(weights.struct for weights in self.weights),
         )  # fmt: skip
 
-    def encode(self, x: Float[Tensor, "T D"], starts: Int[Tensor, "n"]) -> Float[Tensor, "T D"]:
-        """As `plain_encode`, float32."""
-        x, starts = x.contiguous(), starts.to(torch.int64).contiguous()
-        out = torch.empty_like(x)
-        at = ctypes.byref(self.struct)
-        _library().encode(at, x.data_ptr(), starts.data_ptr(), len(starts) - 1, int8.level(), out.data_ptr())
-        return out
-
 
 class Stack:
     """Blocks that run one after the other in one call, and the norm of what comes out, if any."""
@@ -198,6 +191,15 @@ class Stack:
         self.blocks, self.groups, self.width = blocks, blocks[0].groups, blocks[0].width
         self.norm = None if norm is None else Norm(_float(norm.weight), _float(norm.shift), norm.eps)
         self.structs = (ctypes.c_void_p * len(blocks))(*(ctypes.addressof(block.struct) for block in blocks))
+
+    def encode(self, x: Float[Tensor, "T D"], starts: Int[Tensor, "n"]) -> Float[Tensor, "T D"]:
+        """As `plain_encode`, one block after the other; float32."""
+        x, starts = x.contiguous(), starts.to(torch.int64).contiguous()
+        out = torch.empty_like(x)
+        _library().encode(
+            self.structs, len(self.blocks), x.data_ptr(), starts.data_ptr(), len(starts) - 1, int8.level(), out.data_ptr()
+        )
+        return out
 
     def decode(
         self,
@@ -239,6 +241,11 @@ def available() -> bool:
     return int8.level() > 0 and _library() is not None
 
 
+def in_halves() -> bool:
+    """Whether attention of more than a few queries runs in bfloat16 here."""
+    return available() and bool(_library().in_halves())
+
+
 def _packed(linear: Linear) -> int8.Weights | int4.Weights:
     return int8.Weights(*linear) if isinstance(linear, int8.Linear) else int4.Weights(linear)
 
@@ -278,7 +285,7 @@ def _library() -> ctypes.CDLL | None:
     made = library("blocks")
     if made is not None and int8.level():
         memory, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        made.encode.argtypes, made.encode.restype = [memory, memory, memory, size, number, memory], None
+        made.encode.argtypes, made.encode.restype = [memory, size, memory, memory, size, number, memory], None
         made.decode.argtypes = [
             memory, size, memory, *[size] * 3, *[memory] * 3, *[size] * 3, memory, memory, ctypes.c_float, number, memory
         ]  # fmt: skip

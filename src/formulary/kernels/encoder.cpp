@@ -1,4 +1,4 @@
-// What an encoder block does besides its matrix products: attention over sequences of their own lengths, and GELU.
+// What an encoder does besides its matrix products: embeddings and their norm, attention over sequences of their own lengths, and GELU.
 // Plain twins: encoder.py.
 #include "vectors.hpp"
 
@@ -53,4 +53,32 @@ extern "C" int attention(const float* query, int64_t query_token, int64_t query_
         std::free(scratch);
     }
     return failed;
+}
+
+// out (tokens, width): LayerNorm of the sum of one row of each table, ids[i][t] of tables[i].
+extern "C" void embed(const float* const* tables, const int64_t* const* ids, int64_t count, int64_t tokens, int64_t width,
+                      const float* weight, const float* shift, float eps, float* out) {
+    const int64_t whole = width / 16 * 16;
+#pragma omp parallel for schedule(static) if (tokens * width > 65536)
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* to = out + t * width;
+        std::memcpy(to, tables[0] + ids[0][t] * width, width * sizeof(float));
+        for (int64_t i = 1; i < count; ++i) {
+            const float* row = tables[i] + ids[i][t] * width;
+            for (int64_t d = 0; d < whole; d += 16) store(to + d, load(to + d) + load(row + d));
+            for (int64_t d = whole; d < width; ++d) to[d] += row[d];
+        }
+        v16 sums = {};
+        for (int64_t d = 0; d < whole; d += 16) sums += load(to + d);
+        float sum = sum_of(sums);
+        for (int64_t d = whole; d < width; ++d) sum += to[d];
+        const float mean = sum / width;
+        v16 squares = {};
+        for (int64_t d = 0; d < whole; d += 16) squares += (load(to + d) - mean) * (load(to + d) - mean);
+        float square = sum_of(squares);
+        for (int64_t d = whole; d < width; ++d) square += (to[d] - mean) * (to[d] - mean);
+        const float inverse = 1.0f / std::sqrt(square / width + eps);
+        for (int64_t d = 0; d < whole; d += 16) store(to + d, (load(to + d) - mean) * inverse * load(weight + d) + load(shift + d));
+        for (int64_t d = whole; d < width; ++d) to[d] = (to[d] - mean) * inverse * weight[d] + shift[d];
+    }
 }

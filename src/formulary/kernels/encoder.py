@@ -1,4 +1,5 @@
-"""Attention over sequences of their own lengths, and GELU, in C++ compiled at first use; each with a plain twin.
+"""Embeddings and their norm, attention over sequences of their own lengths, and GELU, in C++ compiled at first use; each with a
+plain twin.
 
 Tokens of all sequences stand one after the other, without padding: (tokens, heads, width), cut at `starts`. Gradients,
 other devices and other dtypes than float32 take the plain twin.
@@ -76,6 +77,39 @@ def gelu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return out
 
 
+def embed(
+    tables: list[Float[Tensor, "_ D"]],
+    ids: list[Int[Tensor, "*batch"]],
+    weight: Float[Tensor, "D"],
+    shift: Float[Tensor, "D"],
+    eps: float,
+) -> Float[Tensor, "*batch D"]:
+    """LayerNorm of the sum of one row of each table. Raises IndexError for an id that a table does not have.
+
+    >>> words, places = torch.randn(9, 4), torch.randn(3, 4)
+    >>> embed([words, places], [torch.tensor([8, 8]), torch.tensor([0, 1])], torch.ones(4), torch.zeros(4), 1e-5).shape
+    torch.Size([2, 4])
+    """
+    native = _native(weight, shift, *tables)
+    inside = (not x.numel() or 0 <= int(x.min()) and int(x.max()) < len(table) for x, table in zip(ids, tables))
+    if native is None or not all(inside):
+        return plain_embed(tables, ids, weight, shift, eps)
+    tables, weight, shift = [x.contiguous() for x in tables], weight.contiguous(), shift.contiguous()
+    ids = [x.to(torch.int64).contiguous() for x in ids]
+    out = tables[0].new_empty(*ids[0].shape, tables[0].shape[1])
+    pointers = ((ctypes.c_void_p * len(some))(*(x.data_ptr() for x in some)) for some in (tables, ids))
+    native.embed(
+        *pointers, len(tables), ids[0].numel(), out.shape[-1], weight.data_ptr(), shift.data_ptr(), eps, out.data_ptr()
+    )
+    return out
+
+
+def plain_embed(tables, ids, weight, shift, eps) -> Tensor:
+    """The twin of `embed`."""
+    total = sum(nn.functional.embedding(x, table) for x, table in zip(ids, tables))
+    return nn.functional.layer_norm(total, weight.shape, weight, shift, eps)
+
+
 def path() -> str:
     """Which path runs on this processor, in words."""
     missing = why_not("encoder")
@@ -99,5 +133,7 @@ def _signed() -> ctypes.CDLL | None:
         operand = [memory, size, size]
         made.attention.argtypes = [*operand * 3, memory, *[size] * 4, ctypes.c_float, ctypes.c_int32, memory]
         made.attention.restype = ctypes.c_int
+        made.embed.argtypes = [memory, memory, *[size] * 3, memory, memory, ctypes.c_float, memory]
+        made.embed.restype = None
         made.gelu_all.argtypes, made.gelu_all.restype = [memory, size, memory], None
     return made

@@ -29,15 +29,28 @@ struct Linear {            // as in int8.py
 
 static inline __mmask16 lanes(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
 
+// run(j, lanes) over n values, 16 at a time; whole vectors without a mask.
+template <class Run>
+static inline void by_vectors(int64_t n, Run run) {
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) run(j, __mmask16(0xffff));
+    if (j < n) run(j, lanes(n - j));
+}
+
 // 32 values from `n` on, those below `size`.
 static inline void put(float* row, int64_t n, int64_t size, const __m512* out) {
+    if (n + 32 <= size) {
+        _mm512_storeu_ps(row + n, out[0]);
+        _mm512_storeu_ps(row + n + 16, out[1]);
+        return;
+    }
     _mm512_mask_storeu_ps(row + n, lanes(size - n), out[0]);
     _mm512_mask_storeu_ps(row + n + 16, lanes(size - n - 16), out[1]);
 }
 
 // ROWS rows in integers, and the outliers of each.
 struct Rows {
-    std::vector<int8_t> integers;
+    std::vector<int8_t> integers;  // (ROWS, deep); beyond w.inputs anything, since the weights are zero there
     float step[ROWS];
     int64_t first[ROWS + 1];
     std::vector<int32_t> column;
@@ -60,15 +73,15 @@ struct Rows {
         std::memcpy(&limit, &threshold, 4);
         // magnitudes are ordered as their bits are, NaN above infinity
         __m512i most = _mm512_setzero_si512();
-        for (int64_t j = 0; j < n; j += 16)
-            most = _mm512_max_epi32(most, _mm512_and_epi32(_mm512_castps_si512(_mm512_maskz_loadu_ps(lanes(n - j), x + j)), positive));
+        by_vectors(n, [&](int64_t j, __mmask16 m) {
+            most = _mm512_max_epi32(most, _mm512_and_epi32(_mm512_castps_si512(_mm512_maskz_loadu_ps(m, x + j)), positive));
+        });
         int32_t top = _mm512_reduce_max_epi32(most);
         const bool clean = top < limit;
         if (!clean) {
             const __m512i limits = _mm512_set1_epi32(limit);
             most = _mm512_setzero_si512();
-            for (int64_t j = 0; j < n; j += 16) {
-                const __mmask16 m = lanes(n - j);
+            by_vectors(n, [&](int64_t j, __mmask16 m) {
                 const __m512i size = _mm512_and_epi32(_mm512_castps_si512(_mm512_maskz_loadu_ps(m, x + j)), positive);
                 const __mmask16 out = _mm512_mask_cmpge_epi32_mask(m, size, limits);
                 most = _mm512_max_epi32(most, _mm512_maskz_mov_epi32(~out, size));
@@ -76,7 +89,7 @@ struct Rows {
                     column.push_back(j + __builtin_ctz(bits));
                     value.push_back(x[j + __builtin_ctz(bits)]);
                 }
-            }
+            });
             top = _mm512_reduce_max_epi32(most);
         }
         float size;
@@ -86,14 +99,18 @@ struct Rows {
         step[r] = size;
         const __m512 inverse = _mm512_set1_ps(1.0f / size);
         int8_t* to = integers.data() + r * deep;
-        for (int64_t j = 0; j < deep; j += 16) {
-            const __m512 some = _mm512_maskz_loadu_ps(lanes(n - j), x + j);
-            __mmask16 kept = 0xffff;
-            if (!clean)
-                kept = _mm512_cmplt_epi32_mask(_mm512_and_epi32(_mm512_castps_si512(some), positive), _mm512_set1_epi32(limit));
-            const __m512i rounded = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(kept, some, inverse));
+        const auto round = [&](int64_t j, __m512 values) {
+            const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm512_cvtepi32_epi8(rounded));
-        }
+        };
+        if (clean)
+            by_vectors(n, [&](int64_t j, __mmask16 m) { round(j, _mm512_maskz_loadu_ps(m, x + j)); });
+        else
+            by_vectors(n, [&](int64_t j, __mmask16 m) {
+                const __m512 some = _mm512_maskz_loadu_ps(m, x + j);
+                const __m512i size = _mm512_and_epi32(_mm512_castps_si512(some), positive);
+                round(j, _mm512_maskz_mov_ps(_mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(limit)), some));
+            });
         first[r + 1] = static_cast<int64_t>(column.size());
     }
 };
@@ -168,15 +185,17 @@ static inline __m512i four_of(const int8_t* x) {  // four bytes, in every lane
     return _mm512_set1_epi32(four);
 }
 
-// The same for N rows with VNNI, whose left operand is unsigned: 128 more, taken off again.
+// The same for N rows with VNNI, whose left operand is unsigned: 128 more, taken off again. 16 * deep bytes from `next` on, what later
+// rows or outputs need, come nearer meanwhile: without that, the first rows of a panel wait for it.
 template <int N>
-APART void vector_sums(const int8_t* a, int64_t deep, const int8_t* b, const int32_t* more, int32_t* sums) {
+APART void vector_sums(const int8_t* a, int64_t deep, const int8_t* b, const int8_t* next, const int32_t* more, int32_t* sums) {
     const int8_t* second = b + 16 * deep;
     const __m512i high = _mm512_set1_epi32(0x80808080);
     __m512i total[N][2];
     UNROLLED for (int r = 0; r < N; ++r) total[r][0] = total[r][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < deep; k += 4) {
         const __m512i w0 = _mm512_loadu_si512(b + 16 * k), w1 = _mm512_loadu_si512(second + 16 * k);
+        _mm_prefetch(reinterpret_cast<const char*>(next + 16 * k), _MM_HINT_T1);
         UNROLLED for (int r = 0; r < N; ++r) {
             const __m512i x = _mm512_xor_si512(four_of(a + r * deep + k), high);
             total[r][0] = dot(total[r][0], x, w0);
@@ -229,7 +248,11 @@ static inline void multiply_panel(const Linear& w, const Rows& x, int64_t rows, 
 #endif
         {
             int64_t r = 0;
-            for (; r + 8 <= count; r += 8) vector_sums<8>(a + r * w.deep, w.deep, panel, w.sums + n, sums + 32 * r);
+            for (; r + 8 <= count; r += 8) {
+                const int64_t turn = (start + r) / 8;
+                const int8_t* next = panel + (turn == 1 || turn == 2 ? (16 + 16 * turn) * w.deep : 0);
+                vector_sums<8>(a + r * w.deep, w.deep, panel, next, w.sums + n, sums + 32 * r);
+            }
             const int8_t* rest = a + r * w.deep;
             for (; r + FEW <= count; r += FEW, rest += FEW * w.deep) stream_sums<FEW>(rest, w.deep, panel, w.sums + n, sums + 32 * r);
             switch (count - r) {

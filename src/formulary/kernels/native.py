@@ -17,6 +17,7 @@ from pathlib import Path
 
 from formulary.files import cache_dir
 
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _WHY: dict[str, str] = {}
 
 
@@ -56,7 +57,7 @@ def _compiled(source: Path) -> Path:
     if found is None:
         raise RuntimeError("no C++ compiler is on the path")
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", tune]
+    flags = [tune, *FLAGS]
     openmp = _openmp()
     key = hashlib.sha256(b"\0".join([text, found.encode(), _processor(), *map(str.encode, flags + openmp)])).hexdigest()
     target = cache_dir("native") / f"{source.stem}-{key[:20]}.so"

@@ -1,1 +1,1 @@
-from .method import DeepSpeedInference, FusedAttention, FusedBlock, FusedStack, Streamed, Unpadded
+from .method import DeepSpeedInference, FusedAttention, FusedBlock, FusedEmbeddings, FusedStack, Streamed, Unpadded

@@ -89,23 +89,21 @@ class FusedBlock:
         if torch.compiler.is_compiling() or hidden.device.type != "cpu" or torch.is_grad_enabled() and hidden.requires_grad:
             return None
         modules = RUNNING.stack.blocks() if RUNNING.stack is not None else [self]
+        run = _decode if layouts.find(self).causal else _encode
         if modules[0] is self and len(modules) > 1 and (stack := _packed_stack(RUNNING.stack, modules)) is not None:
-            return _decode(stack, modules, hidden, RUNNING.ahead, **kwargs)
+            return run(stack, modules, hidden, RUNNING.ahead, **kwargs)
         native = _packed_block(self)
-        if native is None:
-            return None
-        if layouts.find(self).causal:
-            return _decode(blocks.Stack([native]), [self], hidden, _at_once, **kwargs)
-        return _encode(native, hidden, **kwargs)
+        return None if native is None else run(blocks.Stack([native]), [self], hidden, _at_once, **kwargs)
 
 
-def _encode(native: blocks.Native, hidden: Float[Tensor, "B L D"], **kwargs) -> Float[Tensor, "B L D"] | None:
+def _encode(
+    stack: blocks.Stack, modules: list[nn.Module], hidden: Float[Tensor, "B L D"], hand_over: Callable, **kwargs
+) -> Float[Tensor, "B L D"] | None:
     if any(isinstance(x, Tensor) for x in kwargs.values()) or kwargs.get("cache") is not None:
         return None
     batch, length, width = hidden.shape
-    starts = _starts(batch, length, hidden.device)
-    out = native.encode(hidden.detach().float().reshape(batch * length, width), starts)
-    return out.to(hidden.dtype).view(batch, length, width)
+    out = stack.encode(hidden.detach().float().reshape(batch * length, width), _starts(batch, length, hidden.device))
+    return hand_over(out.to(hidden.dtype).view(batch, length, width), None, lambda: None)
 
 
 def _decode(
@@ -118,7 +116,7 @@ def _decode(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs,
 ) -> Float[Tensor, "B L D"] | None:
-    """What `modules` give; `hand_over(output, position_embeddings, finish)` calls `finish` when the cache may show it."""
+    """What causal `modules` give; `hand_over(output, position_embeddings, finish)` calls `finish` when the cache may show it."""
     if hidden.dtype != torch.float32 or position_embeddings is None:
         return None
     batch, length, _ = hidden.shape
@@ -136,7 +134,7 @@ def _decode(
     return hand_over(stack.decode(hidden, *position_embeddings, room.memory, room.past), position_embeddings, finish)
 
 
-def _at_once(output: Tensor, positions: tuple[Tensor, Tensor], finish: Callable[[], None]) -> Tensor:
+def _at_once(output: Tensor, positions: tuple[Tensor, Tensor] | None, finish: Callable[[], None]) -> Tensor:
     finish()
     return output
 
@@ -159,7 +157,7 @@ class Running(threading.local):
     def start(self, stack: "FusedStack | None") -> None:
         self.stack, self.left, self.result, self.positions, self.finish = stack, [], None, None, None
 
-    def ahead(self, result: Tensor, positions: tuple[Tensor, Tensor], finish: Callable[[], None]) -> Tensor:
+    def ahead(self, result: Tensor, positions: tuple[Tensor, Tensor] | None, finish: Callable[[], None]) -> Tensor:
         """The first block gave what all give."""
         self.left, self.result, self.positions, self.finish = self.stack.blocks()[:0:-1], result, positions, finish
         return result
@@ -178,12 +176,13 @@ RUNNING = Running()
 
 
 class FusedStack:
-    """Runs all blocks of a causal stack in one call of the kernel, by becoming the stack's class: its first block computes
+    """Runs all blocks of a stack in one call of the kernel, by becoming the stack's class: its first block computes
     what all give, and the others pass that on.
 
     When the stack asks anything else of them (only some, in another order, not what the block before gave), all is done
-    again block by block. Once a cache was written in one call, the tokens that follow run without the stack's own forward,
-    which would take as long as a third of the weights; what the blocks are made of is then looked at with every CHECKED-th.
+    again block by block. Once a causal stack's cache was written in one call, the tokens that follow run without the stack's
+    own forward, which would take as long as a third of the weights; what the blocks are made of is then looked at with every
+    CHECKED-th.
     """
 
     @classmethod

@@ -1,9 +1,9 @@
 """DeepSpeed Inference on a CPU: attention in one fused kernel, no work on padding, and weights that stream from disk.
 
     fuse     softmax(q k' / sqrt(d)) v per sequence, its scores never leaving the cache; with padding removed between
-             the first block and the last, sum(lengths) tokens instead of batch * longest; a block whose linears are
-             int8 (llm-int8, applied before or after) or at most 4-bit (gptq) in one kernel from its input to its
-             output, and all causal ones in one call
+             the first block and the last, sum(lengths) tokens instead of batch * longest; a BERT's embeddings and
+             their norm in one pass; a block whose linears are int8 (llm-int8, applied before or after) or at most
+             4-bit (gptq) in one kernel from its input to its output, and all of a stack in one call
     stream   while block i computes, block i + 1 is read ahead; what block i read is given back when it is done
 
 Source: arXiv:2207.00032, sections 3 (kernels fused over tokens) and 6 (ZeRO-Inference). Its other parts (tensor,
@@ -32,6 +32,7 @@ from formulary.contracts.edits import Editor
 from formulary.errors import FormularyError, UsageError
 from formulary.kernels import blocks, encoder, int8
 
+from .embedding import FusedEmbeddings
 from .fused import FusedAttention, FusedBlock, FusedStack
 from .packing import Unpadded
 from .streaming import Streamed
@@ -80,10 +81,13 @@ class DeepSpeedInference(Transform):
                     report.changed(stack, 0, "padding left out")
                 else:
                     report.note(f"padding stays in {stack or type(model).__name__}: its forward takes no mask")
+        for name in [name for name, module in model.named_modules() if FusedEmbeddings.fits(module)] if fused else ():
+            edit.edit(name, FusedEmbeddings)
+            report.changed(name, 0, "embeddings and their norm in one kernel")
         for stack in dict.fromkeys(block.stack for block in parts.blocks(model)):
             owner, _, name = stack.rpartition(".")
             inside = [block.module for block in parts.blocks(model) if block.stack == stack]
-            if owner and all(isinstance(block, FusedBlock) and layouts.find(block).causal for block in inside):
+            if fused and owner and all(isinstance(block, FusedBlock) for block in inside):
                 edit.edit(owner, FusedStack, blocks=name)
                 report.changed(owner, 0, "all blocks in one call")
         if whole and blocks.available():

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import formulary
 from formulary.contracts import Data, edits, parts
 from formulary.errors import FormularyError, UsageError
-from formulary.kernels import blocks, encoder, int8
+from formulary.kernels import blocks, encoder, int8, native
 from formulary.lab.small import inputs_for, tiny
 from formulary.papers.inference.deepspeed_inference import DeepSpeedInference
 from formulary.papers.inference.deepspeed_inference.packing import keys_seen, says_padding_alone
@@ -127,10 +127,21 @@ def int4_pair(kind: str, dtype: torch.dtype = torch.float32, **settings):
 def counted(monkeypatch) -> list[str]:
     """Names of the native kernels as they run."""
     calls = []
-    for owner, name in ((blocks.Native, "encode"), (blocks.Stack, "decode")):
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
+    for name in ("encode", "decode"):
+        real = getattr(blocks.Stack, name)
+        monkeypatch.setattr(blocks.Stack, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
     return calls
+
+
+@pytest.fixture
+def float32_attention(monkeypatch, request):
+    """Attention in float32 on every processor, so that no near-tie falls the other way."""
+    monkeypatch.setattr(int8, "level", lambda: 1)
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512bf16"))
+    again = lambda: (native.library.cache_clear(), blocks._library.cache_clear())
+    request.addfinalizer(again)
+    again()
+    assert not blocks.in_halves()
 
 
 native_only = pytest.mark.skipif(not blocks.available(), reason="no native path on this processor")
@@ -146,14 +157,13 @@ def test_int8_blocks_run_in_one_kernel(kind, monkeypatch):
         seen, wanted = fused(**batch).last_hidden_state, model(**batch).last_hidden_state
     if kind == "bert":
         seen, wanted = (states[batch["attention_mask"].bool()] for states in (seen, wanted))
-    assert calls == ["encode"] * len(parts.blocks(model))
+    assert calls == ["encode"] * (len(parts.blocks(model)) if kind == "vit" else 1)  # whose blocks are the model's own
     assert float((seen - wanted).norm() / wanted.norm()) < 0.02
 
 
 @native_only
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_int8_generation_runs_in_one_call_a_token(kind, monkeypatch):
-    monkeypatch.setattr(int8, "level", lambda: 1)  # with attention in float32, so that no near-tie falls the other way
+def test_int8_generation_runs_in_one_call_a_token(kind, monkeypatch, float32_attention):
     calls = counted(monkeypatch)
     model, fused = int8_pair(kind)
     ids = inputs_for(model)["input_ids"][:1, 4:]
@@ -184,12 +194,12 @@ def test_blocks_of_few_bits_run_in_one_kernel(kind, settings, monkeypatch):
     batch = {"input_ids": inputs_for(model)["input_ids"][:1, 4:]}
     with torch.no_grad():
         seen, wanted = fused(**batch)[0], model(**batch)[0]
-    assert calls == (["encode"] * len(parts.blocks(model)) if kind == "bert" else ["decode"])
+    assert calls == ["encode" if kind == "bert" else "decode"]
     assert 0 < float((seen - wanted).norm() / wanted.norm()) < 0.02, "inputs are rounded to 8 bits"
 
 
 @native_only
-def test_generation_with_few_bits_is_the_same_with_a_cache_and_without(monkeypatch):
+def test_generation_with_few_bits_is_the_same_with_a_cache_and_without(monkeypatch, float32_attention):
     calls = counted(monkeypatch)
     model, fused = int4_pair("llama", bits=4, group_size=16)
     model, fused = (LLMInt8(head=True, threshold=1e30).apply(one)[0] for one in (model, fused))
@@ -223,7 +233,7 @@ def test_blocks_of_few_bits_in_bfloat16_run_in_one_kernel_where_they_are_not_cau
     ids = inputs_for(model)["input_ids"][:1, :5]
     with torch.no_grad():
         seen, wanted = (one(ids).last_hidden_state.float() for one in (fused, model))
-    assert calls == ["encode"] * len(parts.blocks(model)) and float((seen - wanted).norm() / wanted.norm()) < 0.03
+    assert calls == ["encode"] and float((seen - wanted).norm() / wanted.norm()) < 0.03
 
 
 @native_only
@@ -326,13 +336,65 @@ def test_padding_in_a_causal_model_is_minded(monkeypatch):
 
 
 @native_only
+def test_an_encoder_in_one_call_still_shows_what_is_inside(monkeypatch):
+    calls = counted(monkeypatch)
+    model, fused = int8_pair("bert")
+    batch = inputs_for(model)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        whole = fused(**batch).last_hidden_state[real]
+        assert calls == ["encode"]
+        seen, wanted = (one(**batch, output_hidden_states=True).hidden_states for one in (fused, model))
+        assert len(seen) == len(wanted) == len(parts.blocks(model)) + 1
+        for a, b in zip(seen, wanted):
+            assert float((a[real] - b[real]).norm() / b[real].norm()) < 0.02
+        assert float((seen[-1][real] - whole).norm() / whole.norm()) < 0.02
+        fused.encoder.layer = torch.nn.ModuleList([*fused.encoder.layer][::-1])
+        model.encoder.layer = torch.nn.ModuleList([*model.encoder.layer][::-1])
+        seen, wanted = (one(**batch).last_hidden_state[real] for one in (fused, model))
+        assert float((seen - wanted).norm() / wanted.norm()) < 0.02 < float((seen - whole).norm() / whole.norm())
+
+
+def test_embeddings_are_those_of_the_model(monkeypatch):
+    calls = []
+    real = encoder.embed
+    monkeypatch.setattr(encoder, "embed", lambda *args: calls.append(1) or real(*args))
+    model = tiny("bert")
+    fused, _ = DeepSpeedInference().apply(copy.deepcopy(model))
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for more in ({}, {"token_type_ids": torch.tensor([[0, 1, 1], [0, 0, 1]])}, {"position_ids": torch.tensor([[4, 2, 0]])}):
+            close(fused.embeddings(ids, **more), model.embeddings(ids, **more))
+        close(fused.embeddings(ids, cache_length=2), model.embeddings(ids, cache_length=2))
+        assert len(calls) == 4
+        with pytest.raises(IndexError):
+            fused.embeddings(torch.tensor([[10**6]]))
+        del calls[:]
+        ready = torch.randn(1, 3, model.config.hidden_size)
+        close(fused.embeddings(inputs_embeds=ready), model.embeddings(inputs_embeds=ready))
+        seen = []
+        handle = fused.embeddings.LayerNorm.register_forward_hook(lambda module, args, out: seen.append(out))
+        close(fused.embeddings(ids), model.embeddings(ids))
+        handle.remove()
+        assert seen and not calls
+    assert fused.embeddings(ids).requires_grad and not calls
+    with torch.no_grad():
+        fused.train()
+        fused.embeddings(ids)
+        assert not calls
+        fused.eval().bfloat16()
+        assert fused.embeddings(ids).dtype == torch.bfloat16 and not calls
+
+
+@native_only
 def test_what_the_kernel_does_not_cover_runs_as_before(monkeypatch):
     calls = counted(monkeypatch)
     model, fused = int8_pair("bert")
     batch = {"input_ids": torch.full((2, 5), 7)}
     with torch.no_grad():
         fused(**batch)
-        assert len(calls) == len(parts.blocks(model))
+        assert calls == ["encode"]
         del calls[:]
         seen = []
         handle = fused.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, args, out: seen.append(out.shape))
@@ -346,7 +408,7 @@ def test_what_the_kernel_does_not_cover_runs_as_before(monkeypatch):
             one.encoder.layer[1].output.dense.store(-one.encoder.layer[1].output.dense.weight)
         seen, wanted = fused(**batch)[0], model(**batch)[0]
         assert float((seen - wanted).norm()) < 0.1 * float((seen - before).norm())
-        assert len(calls) == len(parts.blocks(model)), "written weights are packed again"
+        assert calls == ["encode"], "written weights are packed again"
     del calls[:]
     assert fused(inputs_embeds=torch.randn(1, 4, model.config.hidden_size, requires_grad=True))[0].requires_grad and not calls
 
