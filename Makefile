@@ -28,21 +28,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-# Ours beside the peers that run on a CPU, in the same rounds; tables and plots go to docs/benchmarks. llama.cpp is built without
-# AMX, on which its products crash.
+# Ours beside the peers that run on a CPU, in the same rounds; tables and plots go to docs/benchmarks. `make bench ROUNDS=1` is a quick
+# look. llama.cpp is built without AMX, on which its products crash.
+bench: MEASURE = $(BIN)/python benchmarks/$(1).py $(if $(ROUNDS),$(or $(2),--rounds $(ROUNDS)))
 bench: $(STAMP)
 	CMAKE_ARGS="$(LLAMA)" $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[bench]"
-	$(BIN)/python benchmarks/start.py
-	$(BIN)/python benchmarks/encoder.py
-	$(BIN)/python benchmarks/decoder.py
-	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/sparse.py
-	$(BIN)/python benchmarks/scans.py
+	$(call MEASURE,start)
+	$(call MEASURE,encoder)
+	$(call MEASURE,decoder)
+	$(call MEASURE,attention,--quick)
+	$(call MEASURE,sparse,--quick)
+	$(call MEASURE,scans)
 	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r benchmarks/requirements-quantizing.txt
-	$(BIN)/python benchmarks/quantizing.py --peers $(VENV)-peers/bin/python
-	$(BIN)/python benchmarks/pareto.py
+	$(call MEASURE,quantizing) --peers $(VENV)-peers/bin/python
+	$(call MEASURE,pareto)
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers demo build dist

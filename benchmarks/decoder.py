@@ -3,7 +3,8 @@
     python benchmarks/decoder.py            # two tables and plots in docs/benchmarks
 
 Ours are `deepspeed-inference+llm-int8` and `deepspeed-inference+gptq+llm-int8` (4 bits in groups of 32), both with the head in
-int8, through transformers' own `generate`. llama.cpp runs the published Q4_1 file and the same requantized to Q8_0 and to Q4_0, by
+int8, through transformers' own `generate`. Activations from 4 on stay in floating point, chosen on 16 windows of the training split:
+perplexity 22.5 in fp32, 23.2 with the paper's 6, 22.7 with 4. llama.cpp runs the published Q4_1 file and the same requantized to Q8_0 and to Q4_0, by
 its C interface. The limit is one read of the int8 weights from memory a token; the share of the memory's speed is what an arm reads of
 its weights a token, by that. Perplexity is on 4 windows of 256 tokens of held-out text. The published file is 4-bit: what all other
 arms start from are its values, so that Q4_1 loses nothing against fp32, and GPTQ's grid, whose zero points are whole levels, is not its.
@@ -87,7 +88,7 @@ def int8(model):
     from formulary.papers.inference.deepspeed_inference import DeepSpeedInference
     from formulary.papers.quantization.llm_int8 import LLMInt8
 
-    model, _ = LLMInt8(head=True).apply(model)
+    model, _ = LLMInt8(head=True, threshold=4.0).apply(model)
     return DeepSpeedInference().apply(model)[0]
 
 

@@ -6,7 +6,7 @@ All quantize the linears in the blocks on the same 16 texts of 512 tokens in bat
 damping 0.01, columns in order, every linear of a block calibrated in one pass, in float32. Held out are 12 other texts.
 llm-compressor takes its grid from the weight before compensation, the others from the weight so far. The peers pin other versions
 of transformers than formulary does, so PYTHON is an environment of their own (`make bench` makes it). One thread, CPU time.
-GPTQModel's loss is not measured: what it leaves in memory is no model that computes, and its files were not read.
+GPTQModel's loss is that of the files it saves, read here: what it leaves in memory is no model that computes.
 """
 
 import argparse
@@ -97,7 +97,42 @@ def gptqmodel_arm(task: dict):
     model = GPTQModel.load(task["model"], config, dtype=torch.float32)
     torch.set_num_threads(1)
     rows = [{"input_ids": ids, "attention_mask": [1] * LENGTH} for ids in task["calibration"]]
-    return clock(lambda: (model.quantize(rows, batch_size=BATCH), None)[1])  # what it leaves in memory does not compute
+    _, seconds = clock(lambda: model.quantize(rows, batch_size=BATCH))
+    with tempfile.TemporaryDirectory() as directory:
+        model.save(directory)
+        return from_gptq_files(task, Path(directory)), seconds
+
+
+def from_gptq_files(task: dict, directory: Path):
+    """The model with the weights that a directory in GPTQ's format stands for: scale (code - zero), where zero - 1 is stored."""
+    import torch
+    from safetensors.torch import load_file
+
+    model, bits = loaded(task), task["bits"]
+    if json.loads((directory / "quantize_config.json").read_text()).get("checkpoint_format", "gptq") != "gptq":
+        raise RuntimeError("GPTQModel saved another format than gptq")
+    state = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+    filled = 0
+    for name, module in model.named_modules():
+        if f"{name}.qweight" not in state:
+            continue
+        qweight, qzeros, scales, group = (state[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+        codes, zeros = unpacked(qweight, bits), unpacked(qzeros.T, bits).T + 1
+        group = group.long()
+        with torch.no_grad():
+            module.weight.copy_(((codes - zeros[group]) * scales.float()[group]).T)
+        filled += 1
+    if not filled:
+        raise RuntimeError("GPTQModel saved no quantized weights")
+    return model
+
+
+def unpacked(words, bits: int):
+    """(n, columns) int32 -> (32 n / bits, columns): each column a stream of bits, the lowest first."""
+    import torch
+
+    stream = (words[:, None] >> torch.arange(32)[:, None] & 1).flatten(0, 1)
+    return (stream.unflatten(0, (-1, bits)) << torch.arange(bits)[:, None]).sum(1)
 
 
 ARMS = {
@@ -131,7 +166,7 @@ def serve(name: str, task: dict) -> None:
 
     torch.set_num_threads(1)
     model, seconds = ARMS[name](task)
-    print(json.dumps({**seconds, "nats": model and nats(model, task["held_out"])}), file=channel, flush=True)
+    print(json.dumps({**seconds, "nats": nats(model, task["held_out"])}), file=channel, flush=True)
 
 
 # ---------------------------------------------------------------- all arms, tables and plots
@@ -180,12 +215,12 @@ def table(found: dict[str, list[dict] | str], millions: float) -> str:
         if isinstance(runs, str):
             rows.append(line(name, f"not here: {runs}", *[""] * 5))
             continue
-        cpu, loss = median(name, "cpu"), np.array(runs[0]["nats"] or [np.nan])
+        cpu, loss = median(name, "cpu"), np.array(runs[0]["nats"])
         timed = name not in ("unquantized", OURS) and not isinstance(found[OURS], str)
-        excess = "" if name == "unquantized" or np.isnan(loss).any() else interval(loss - np.array(found["unquantized"][0]["nats"]))
+        excess = "" if name == "unquantized" else interval(loss - np.array(found["unquantized"][0]["nats"]))
         cells = ["", "", ""] if name == "unquantized" else [f"{cpu:.1f}", f"{median(name, 'wall'):.1f}", f"{cpu / millions:.3f}"]
         times = f"{cpu / median(OURS, 'cpu'):.2f}x" if timed and name in PEERS else ""
-        rows.append(line(f"**{name}**" if name == OURS else name, *cells, times, "" if np.isnan(loss).any() else f"{np.exp(loss.mean()):.2f}", excess))
+        rows.append(line(f"**{name}**" if name == OURS else name, *cells, times, f"{np.exp(loss.mean()):.2f}", excess))
     return "\n".join(rows)
 
 
@@ -199,7 +234,7 @@ def plot(found: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for name, runs in found.items():
-        if not isinstance(runs, str) and name != "unquantized" and runs[0]["nats"]:
+        if not isinstance(runs, str) and name != "unquantized":
             loss = np.mean(runs[0]["nats"]) - np.mean(found["unquantized"][0]["nats"])
             axes.plot([one["cpu"] for one in runs], [loss] * len(runs), "o", label=name)
     axes.set_xlabel("CPU seconds, one thread; a dot is a run")

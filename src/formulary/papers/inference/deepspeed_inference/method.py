@@ -20,7 +20,7 @@ fused or streamed.
 >>> from formulary.lab.small import inputs_for, tiny
 >>> model, report = DeepSpeedInference().apply(tiny("bert"))
 >>> report.headline.partition(";")[0]
-'deepspeed-inference on 3 modules, 27 % of the weights'
+'deepspeed-inference on 5 modules, 27 % of the weights'
 """
 
 from dataclasses import dataclass
