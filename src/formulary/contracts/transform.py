@@ -1,5 +1,7 @@
 """The transform contract: a frozen dataclass that changes a model (quantize, prune, factorize, merge, distil, adapt) and reports."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -201,3 +203,25 @@ def check_range(owner: str, name: str, value: int | float, low: int | float, hig
 
 def _a(noun: str) -> str:
     return f"an {noun} model" if noun[0] in "aeiou" else f"a {noun} model"
+
+
+@contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Within the context all floats of the models are float32, in which small steps are not lost to rounding; afterwards
+    each has its own dtype again.
+
+    >>> model = nn.Linear(2, 2).bfloat16()
+    >>> with in_float32(model):
+    ...     model.weight.dtype
+    torch.float32
+    >>> model.weight.dtype
+    torch.bfloat16
+    """
+    kept = [(t, t.dtype) for model in models for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    for tensor, _ in kept:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in kept:
+            tensor.data = tensor.data.to(dtype)

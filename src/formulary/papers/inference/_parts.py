@@ -1,26 +1,15 @@
 """What rooms of this family share: a model trained in float32, without dropout, and given back in its own dtypes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from formulary.contracts import Data
+from formulary.contracts.transform import in_float32
 
-
-@contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within the context all floats of the models are float32; afterwards each has its own dtype again."""
-    kept = [(t, t.dtype) for model in models for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    for tensor, _ in kept:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, dtype in kept:
-            tensor.data = tensor.data.to(dtype)
+__all__ = ["in_float32", "inputs_of", "trained"]
 
 
 def inputs_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

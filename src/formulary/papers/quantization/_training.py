@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from formulary.contracts import Data, Replacement, Report, Transform, parts
 from formulary.contracts.edits import Editor
-from formulary.contracts.transform import check_range
+from formulary.contracts.transform import check_range, in_float32
 from formulary.errors import UsageError
 
 from ._parts import MIN_FEATURES, pack, unpack
@@ -193,20 +193,6 @@ def observe_inputs(model: nn.Module, chosen: list[parts.Linear], data: Data) -> 
 
 
 # ---------------------------------------------------------------- distillation
-
-
-@contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within the context every float tensor of the models is float32; afterwards each has its own dtype again."""
-    tensors = [t for model in models for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype != torch.float32]
-    for tensor, _ in kept:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, dtype in kept:
-            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager
