@@ -112,7 +112,11 @@ def _read_vision(model, batch) -> dict[str, Tensor]:
     batch = _cast(model, {k: v for k, v in batch.items() if k != "labels"})
     backbone = model.base_model if hasattr(model, "base_model") else model
     hidden = backbone(**batch).last_hidden_state.float()
-    found = {"vector": hidden[:, 0], "tokens": hidden[:, 1:]}
+    if hidden.ndim == 4:  # a map of states (B,C,H,W), of a model without [CLS]
+        tokens = hidden.flatten(2).mT
+        found = {"vector": tokens.mean(1), "tokens": tokens}
+    else:
+        found = {"vector": hidden[:, 0], "tokens": hidden[:, 1:]}
     if _classifies(model):
         found["logits"] = model(**batch).logits
     return found
