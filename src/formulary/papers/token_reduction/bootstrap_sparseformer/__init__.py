@@ -1,0 +1,1 @@
+from .method import BootstrapSparseFormer, FocusedEmbeddings, LatentBlock, Truncated
