@@ -1,0 +1,1 @@
+from .method import BiPFT, BiPFTEmbedding, BiPFTLinear, ResidualAttention, ResidualMaps
