@@ -28,8 +28,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-# Ours beside the peers that run on a CPU, in the same rounds; tables and plots go to docs/benchmarks. `make bench ROUNDS=1` is a quick
-# look. llama.cpp is built without AMX, on which its products crash.
+# Ours beside the peers that run on a CPU, in the same rounds; tables and plots go to docs/benchmarks. `make bench ROUNDS=6` is a quick
+# look, with the fewest rounds that have an interval. llama.cpp is built without AMX, on which its products crash.
 bench: MEASURE = $(BIN)/python benchmarks/$(1).py $(if $(ROUNDS),$(or $(2),--rounds $(ROUNDS)))
 bench: $(STAMP)
 	CMAKE_ARGS="$(LLAMA)" $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[bench]"
@@ -42,7 +42,7 @@ bench: $(STAMP)
 	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r benchmarks/requirements-quantizing.txt
-	$(call MEASURE,quantizing) --peers $(VENV)-peers/bin/python
+	$(call MEASURE,quantizing,--rounds 1) --peers $(VENV)-peers/bin/python
 	$(call MEASURE,pareto)
 
 clean:

@@ -147,6 +147,8 @@ def run(
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--only", nargs="*", metavar="ARM", help="these arms alone; nothing is written to docs/benchmarks")
     options = parser.parse_args()
+    if options.rounds < 6:
+        parser.error("an interval of 95 % needs at least 6 rounds")
     if options.arm:
         section, _, name = options.arm.partition(": ")
         return serve(lambda: arms[name](section))
