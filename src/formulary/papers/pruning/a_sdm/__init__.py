@@ -1,0 +1,1 @@
+from .method import ASDM, Dropped, ExpertConv2d, ExpertLinear
