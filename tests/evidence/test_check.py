@@ -354,3 +354,18 @@ def test_one_thread_inside_and_the_callers_number_after():
 def test_a_check_made_wrongly_is_refused(changes, said):
     with pytest.raises(UsageError, match=said):
         made(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.bool])
+def test_views_that_start_anywhere_are_watched(dtype):
+    """One item of a tensor starts at bytes that are no multiple of 8."""
+    from formulary.evidence._context import changed, fingerprint
+
+    whole = torch.ones(40).to(dtype)
+    views = {"scalar": whole[3], "tail": whole[5:], "whole": whole.view(8, 5)[1]}
+    before = fingerprint(views)
+    assert changed(before, fingerprint(views)) is None
+    whole[3] = 0
+    assert changed(before, fingerprint(views)) == "context['scalar']"
+    whole[3], whole[39] = 1, 0
+    assert changed(before, fingerprint(views)) == "context['tail']"

@@ -63,6 +63,7 @@ def _mark(tensor) -> tuple:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta" or tensor.numel() == 0:
         return facts
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    raw = raw.clone() if raw.storage_offset() % 8 else raw  # whose bytes could not be read as int64
     whole = raw.numel() // 8 * 8
     return (*facts, int(raw[:whole].view(torch.int64).sum()), int(raw[whole:].sum()))
 
