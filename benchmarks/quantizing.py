@@ -260,6 +260,7 @@ def main() -> None:
     from formulary import lab
     from formulary.contracts import parts
 
+    peers = os.path.abspath(options.peers)  # arms run elsewhere; a link is not followed, since it is what makes the environment
     model, tokenizer = lab.smollm2()
     millions = sum(part.weights for part in parts.linears(model)) / 1e6
     calibration, held_out = texts("train", CALIBRATION), texts("test", HELD_OUT)
@@ -277,7 +278,7 @@ def main() -> None:
                 for name in ARMS:
                     if isinstance(found.get(name), str):
                         continue
-                    seen = run_arm(name, options.peers if name in PEERS else sys.executable, file)
+                    seen = run_arm(name, peers if name in PEERS else sys.executable, file)
                     found[name] = seen if isinstance(seen, str) else [*found.get(name, []), seen]
                     shown = seen if isinstance(seen, str) else {k: round(v, 1) for k, v in seen.items() if k != "nats"}
                     print(f"{SECTIONS[key]}, round {number + 1}, {name}: {shown}", file=sys.stderr, flush=True)
