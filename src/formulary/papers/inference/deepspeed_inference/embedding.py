@@ -18,15 +18,15 @@ class FusedEmbeddings:
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Whether these are the embeddings of transformers' BERT."""
-        names = {base.__name__ for base in type(module).__mro__ if base.__module__ == "transformers.models.bert.modeling_bert"}
-        return "BertEmbeddings" in names
+        """Whether these are embeddings whose forward is that of transformers' BERT."""
+        forward = type(module).forward
+        return (forward.__module__, forward.__qualname__) == ("transformers.models.bert.modeling_bert", "BertEmbeddings.forward")
 
     @classmethod
     def attach(cls, model: nn.Module, name: str) -> nn.Module:
         """Swap the class of the embeddings `name`."""
         module = model.get_submodule(name)
-        if isinstance(module, cls) or not cls.fits(module):
+        if not cls.fits(module):
             raise FormularyError(f"{name} ({type(module).__name__}) does not have the embeddings of a BERT as transformers makes them")
         module.__class__ = type(f"{cls.__name__}{type(module).__name__}", (cls, type(module)), {"__module__": cls.__module__})
         return module

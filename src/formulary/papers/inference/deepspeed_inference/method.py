@@ -63,7 +63,11 @@ class DeepSpeedInference(Transform):
 
     def _fuse(self, model: nn.Module, edit: Editor, report: Report) -> None:
         fused = whole = 0
-        for part in parts.mixers(model, self.targets, self.ignore):
+        mixers = parts.mixers(model)
+        embeddings = [(name, module) for name, module in model.named_modules() if name and FusedEmbeddings.fits(module)]
+        every = [*((part.name, part.module) for part in mixers), *embeddings]
+        chosen = {every[index][0] for index in parts.select(every, self.targets, self.ignore)}
+        for part in (part for part in mixers if part.name in chosen):
             try:
                 edit.edit(part.name, FusedAttention)
             except FormularyError as error:
@@ -81,7 +85,7 @@ class DeepSpeedInference(Transform):
                     report.changed(stack, 0, "padding left out")
                 else:
                     report.note(f"padding stays in {stack or type(model).__name__}: its forward takes no mask")
-        for name in [name for name, module in model.named_modules() if FusedEmbeddings.fits(module)] if fused else ():
+        for name in (name for name, _ in embeddings if fused and name in chosen):
             edit.edit(name, FusedEmbeddings)
             report.changed(name, 0, "embeddings and their norm in one kernel")
         for stack in dict.fromkeys(block.stack for block in parts.blocks(model)):

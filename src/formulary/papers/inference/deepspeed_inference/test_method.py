@@ -355,6 +355,19 @@ def test_an_encoder_in_one_call_still_shows_what_is_inside(monkeypatch):
         assert float((seen - wanted).norm() / wanted.norm()) < 0.02 < float((seen - whole).norm() / whole.norm())
 
 
+def test_embeddings_of_another_kind_or_that_are_ignored_stay():
+    own, plain = tiny("bert"), type(tiny("bert").embeddings)
+    own.embeddings.__class__ = type("Own", (plain,), {"forward": lambda self, *args, **kwargs: 2 * plain.forward(self, *args, **kwargs)})
+    ids = torch.tensor([[5, 6, 7]])
+    for model, settings in ((own, {}), (tiny("bert"), {"ignore": ("embeddings",)})):
+        fused, report = DeepSpeedInference(**settings).apply(copy.deepcopy(model))
+        assert type(fused.embeddings) is type(model.embeddings) and "embeddings" not in {change.name for change in report.changes}
+        with torch.no_grad():
+            torch.testing.assert_close(fused(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+    fused, report = DeepSpeedInference().apply(tiny("bert"))
+    assert type(fused.embeddings) is not plain and "embeddings" in {change.name for change in report.changes}
+
+
 def test_embeddings_are_those_of_the_model(monkeypatch):
     calls = []
     real = encoder.embed
