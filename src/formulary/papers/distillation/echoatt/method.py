@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from formulary.contracts import Data, Report, Transform, parts
 from formulary.contracts.edits import Editor
-from formulary.contracts.transform import check_range
+from formulary.contracts.transform import check_range, in_float32
 from formulary.errors import FormularyError, UsageError
 
 from .sharing import Attend, Echo, projections, similarity
@@ -102,19 +102,6 @@ def states(model: nn.Module) -> Iterator[list[Float[Tensor, "B L D"]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within the context all floats of the models are float32; afterwards each has its own dtype again."""
-    kept = [(t, t.dtype) for model in models for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-    for tensor, _ in kept:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, dtype in kept:
-            tensor.data = tensor.data.to(dtype)
 
 
 def adjust(model: nn.Module, data: Data, loss: Callable, *, steps: int, learning_rate: float) -> list[float]:

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from formulary.contracts import Data, parts
 from formulary.contracts.layer import RecurrentState
+from formulary.contracts.transform import in_float32
 from formulary.errors import FormularyError, UsageError
 from formulary.lab import small
 from formulary.papers.distillation.echoatt import EchoAtt
-from formulary.papers.distillation.echoatt.method import distillation_loss, in_float32, labels_of, text_loss
+from formulary.papers.distillation.echoatt.method import distillation_loss, labels_of, text_loss
 from formulary.papers.distillation.echoatt.sharing import similarity
 
 UNTUNED = {"steps": 0, "text_steps": 0}

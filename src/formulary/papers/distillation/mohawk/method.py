@@ -40,9 +40,8 @@ from torch.nn import functional as F
 from formulary.contracts import Data, Report, Transform, parts
 from formulary.contracts.attention import ATTRIBUTE
 from formulary.contracts.edits import Editor
-from formulary.contracts.transform import check_range
+from formulary.contracts.transform import check_range, in_float32
 from formulary.errors import FormularyError, UsageError
-from formulary.papers.distillation.echoatt.method import in_float32
 
 from .mixer import DiscreteMamba2, projections
 

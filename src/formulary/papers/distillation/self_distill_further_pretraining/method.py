@@ -37,9 +37,8 @@ from torch import Tensor, nn
 
 from formulary.contracts import Data, Report, Transform, parts
 from formulary.contracts.edits import Editor, edits_of
-from formulary.contracts.transform import check_range
+from formulary.contracts.transform import check_range, in_float32
 from formulary.errors import FormularyError, UsageError
-from formulary.papers.distillation.echoatt.method import in_float32
 
 from .masking import HEAD, Pixels, Tokens, configured
 

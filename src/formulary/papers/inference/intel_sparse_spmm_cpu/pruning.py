@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from formulary.contracts import Data, parts
+from formulary.contracts.transform import in_float32
 from formulary.kernels.sparse_int8 import BLOCK
 
 RAMP, CUTS = 2 / 3, 20
@@ -110,16 +111,3 @@ def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Parameters in half precision are float32 within the context, where small steps would be lost to rounding."""
-    half = [(p, p.dtype) for model in models for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    for parameter, _ in half:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in half:
-            parameter.data = parameter.data.to(dtype)

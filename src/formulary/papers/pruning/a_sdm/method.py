@@ -13,8 +13,8 @@ A teacher, which is the model as it was, trains the shorter one by
 with h_s the state where a block that stays hands over to the next. Progressive incubation: run by run, blocks go and
 their heir alone learns inside the teacher, which is frozen otherwise; then all blocks that stayed learn together.
 
-Source: arXiv:2312.15516 (v1; the author withdrew a later version), section 3, as far as its abstract and the
-catalogue's notes tell; no code was released. Left out: the semantic-aware supervision, whose point is an image encoder
+Source: arXiv:2312.15516 (v1; the author withdrew a later version), as far as its abstract and the catalogue's notes
+tell: the full text could not be read, nor code of the authors' found. Left out: the semantic-aware supervision, whose point is an image encoder
 such as CLIP that knows what a picture shows, which a denoiser on its own does not come with; and global-regional
 interactive attention, whose form is not in those sources. Ours: errors are relative, so that one setting fits all
 models; an heir's own ratio starts at `start` and inherited ones at 1 - start, near plain removal; biases are mixed as

@@ -29,8 +29,7 @@ inner blocks, and when it runs for an attention mask.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -44,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from formulary.contracts import Data, Report, Transform, parts
 from formulary.contracts.edits import Editor
-from formulary.contracts.transform import check_range
+from formulary.contracts.transform import check_range, in_float32
 from formulary.errors import FormularyError, UsageError
 from formulary.papers.token_reduction._parts import grid, patches
 
@@ -110,19 +109,6 @@ def align(
 
     optimizer = partial(torch.optim.AdamW, lr=learning_rate, weight_decay=0.0, fused=True)
     return train(model, data, steps=steps, lr=learning_rate, loss=loss, optimizer=optimizer, seed=data.seed).losses
-
-
-@contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Within the context all parameters are float32; afterwards each has its own dtype again."""
-    kept = [(parameter, parameter.dtype) for model in models for parameter in model.parameters()]
-    for parameter, _ in kept:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in kept:
-            parameter.data = parameter.data.to(dtype)
 
 
 # ---------------------------------------------------------------- the transform
