@@ -301,3 +301,16 @@ def test_layers_that_are_not_there_and_none_left_are_refused():
     model, _ = Mohawk(**UNTRAINED).apply(loud(), texts())
     with pytest.raises(FormularyError, match="no"):
         Mohawk(**UNTRAINED).apply(model, texts())
+
+
+def test_the_rate_of_a_stage_falls_linearly(monkeypatch):
+    teacher, layers, batches = prepared()
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    match(teacher, layers, batches, alignment, steps=4, rate=0.004)
+    assert rates == pytest.approx([0.004, 0.003, 0.002, 0.001])

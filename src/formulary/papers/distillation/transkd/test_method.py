@@ -22,6 +22,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from formulary.contracts import Data, parts
 from formulary.errors import FormularyError, UsageError
@@ -337,3 +338,15 @@ def test_models_that_it_cannot_read_are_refused():
         TransKD(steps=1, depth=1.0).apply(vit(), pictures())
     with pytest.raises(FormularyError, match="does not support a decoder"):
         TransKD().apply(small.tiny("llama"), pictures())
+
+
+def test_without_labels_the_task_is_the_teachers_classes():
+    torch.manual_seed(0)
+    ours, theirs = ({"logits": torch.randn(4, 3, *shape)} for shape in ((5, 5), (5, 5)))
+    out, wanted = (SemanticSegmenterOutput(**one) for one in (ours, theirs))
+    expected = 0.0
+    for image, scores in zip(ours["logits"], theirs["logits"]):
+        for y in range(5):
+            for x in range(5):
+                expected += float(image[:, y, x].logsumexp(0) - image[scores[:, y, x].argmax(), y, x]) / 100
+    assert float(task_loss(out, wanted, labeled=False)) == pytest.approx(expected, rel=1e-5)

@@ -11,7 +11,7 @@ from formulary.errors import FormularyError, UsageError
 from formulary.lab import small
 from formulary.papers.pruning.spt import SPT, PQAttention
 from formulary.papers.pruning.spt.feed_forward import LoRA, Routed, RoutedFeedForward, imbalance, project
-from formulary.papers.pruning.spt.method import adapted, merge
+from formulary.papers.pruning.spt.method import Tuning, adapted, merge
 
 
 def texts(n=12, length=24):
@@ -209,3 +209,20 @@ def test_what_cannot_be_done_is_said():
 def test_wrong_parameters_are_refused(wrong):
     with pytest.raises(UsageError, match="spt"):
         SPT(**wrong)
+
+
+def test_the_loss_is_the_tasks_and_the_mean_imbalance_of_what_was_routed():
+    modules = [routed("llama")[1] for _ in range(2)]
+    torch.manual_seed(0)
+    tokens = [torch.randn(9, modules[0].router.in_features) for _ in modules]
+
+    def task(model, batch):
+        return sum(module(x).sum() * 0 + 2.0 for module, x in zip(modules, tokens))
+
+    loss = Tuning(task, [], modules, balance=0.3, rate=1e-3).loss(torch.nn.Identity(), {})
+    uneven = []
+    for module, x in zip(modules, tokens):
+        probability = module.router(x).sigmoid()
+        uneven.append(float(imbalance(probability, probability.topk(module.active, -1).indices).detach()))
+    assert float(loss.detach()) == pytest.approx(4.0 + 0.3 * sum(uneven) / 2, rel=1e-5) and all(u > 1 for u in uneven)
+    assert all(module.watch is None for module in modules)

@@ -198,6 +198,16 @@ def test_it_goes_on_in_binary_form_at_a_task(labeled, data_for):
         assert float(model(**batch).loss) < first
 
 
+def test_going_on_starts_from_the_floats_that_were_kept(labeled, data_for):
+    encoder, _ = BiPFT(steps=2, keep_floats=True).apply(tiny("bert"), data_for(tiny("bert")))
+    model, data = labeled(encoder)
+    kept = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(".floats")}
+    model, _ = BiPFT(steps=1, learning_rate=1e-9, distil=False).apply(model, data)
+    assert len(kept) == 13 and all(len(value.unique()) > 2 for value in kept.values())
+    for name, value in kept.items():
+        torch.testing.assert_close(model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
 def test_a_failure_while_going_on_leaves_the_model_as_it_was(labeled, data_for, monkeypatch):
     encoder, _ = BiPFT(steps=2).apply(tiny("bert"), data_for(tiny("bert")))
     model, data = labeled(encoder)
