@@ -66,7 +66,7 @@ def pareto_plot(found, path: Path) -> None:
     axes = figure.subplots()
     base = found.rows[0].seconds
     front = found.front()
-    points = []
+    points, places = [], {}
     for number, row in enumerate(found.rows):
         estimate, low, high = row.qualities[0].interval()
         x = base / row.seconds
@@ -79,7 +79,7 @@ def pareto_plot(found, path: Path) -> None:
             fmt="o" if row.name in front else "s", ms=8, capsize=3, color=COLORS[number % len(COLORS)], label=row.name,
             mfc=None if row.name in front else "white",
         )  # fmt: skip
-        axes.annotate(row.name, (x, estimate), xytext=(8, 6), textcoords="offset points", fontsize=9)
+        places[row.name] = (x, estimate)
         if row.name in front:
             points.append((x, estimate))
     points.sort()
@@ -88,7 +88,34 @@ def pareto_plot(found, path: Path) -> None:
     axes.set_ylabel(f"{found.rows[0].qualities[0].name} ({found.rows[0].qualities[0].better} is better)")
     axes.set_title(f"{found.name} on {found.data}: filled points are beaten by nobody", fontsize=10)
     axes.grid(alpha=0.25)
+    low, high = axes.get_ylim()
+    heights = beside({name: (y - low) / (high - low) for name, (_, y) in places.items()})
+    line = {"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.6, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
+    for name, height in heights.items():
+        axes.annotate(
+            name, places[name], xytext=(1.03, height), textcoords="axes fraction", va="center", fontsize=9, arrowprops=line,
+            fontweight="bold" if name in front else "normal",
+        )  # fmt: skip
     figure.savefig(path, dpi=150)
+
+
+def beside(wanted: dict[str, float], step: float = 0.05) -> dict[str, float]:
+    """Heights, as parts of the axes, of labels in a column: near those wanted, the highest first, none closer than `step`
+    (less where they would not fit).
+
+    >>> beside({"a": 0.9, "b": 0.9, "c": 0.2})
+    {'a': 0.9, 'b': 0.85, 'c': 0.2}
+    """
+    names = sorted(wanted, key=wanted.get, reverse=True)
+    step = min(step, 1 / max(1, len(names) - 1))
+    heights = [min(1.0, max(0.0, wanted[name])) for name in names]
+    for i in range(1, len(names)):
+        heights[i] = min(heights[i], heights[i - 1] - step)
+    floor = 0.0
+    for i in reversed(range(len(names))):  # what was pushed below the axes goes up again
+        heights[i] = max(heights[i], floor)
+        floor = heights[i] + step
+    return {name: round(height, 6) for name, height in zip(names, heights)}
 
 
 def draw(spec: dict[str, Any], path: Path) -> None:
