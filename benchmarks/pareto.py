@@ -1,6 +1,6 @@
 """Every training-free method of the catalogue on three real models: CPU time against quality.
 
-    python benchmarks/pareto.py [minilm smollm2 vit]      # tables and plots in docs/benchmarks
+    python benchmarks/pareto.py [minilm smollm2 vit]      # a page and a plot for each in docs/benchmarks, as soon as it is done
 
 What `formulary compare --training-free` prints and draws, with the methods' own defaults (optin and the like may refuse), beside
 `unchanged`, a plain cast to bf16, and what joins well.
@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import side_by_side
@@ -24,16 +25,19 @@ MODELS = {
 }
 
 
-def section(name: str, rounds: int) -> str:
+def page(name: str, rounds: int) -> str:
     """The comparison of one model as Markdown; its plot goes to docs/benchmarks."""
     title, joined = MODELS[name]
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "report")
         say = lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)
         found = formulary.compare(*joined, model=f"lab:{name}", training_free=True, rounds=rounds, out=out, progress=say)
         shutil.copyfile(out / "pareto.png", side_by_side.DOCS / f"pareto-{name}.png")
     front = ", ".join(row.name for row in found.rows if row.name in found.front())
-    lines = [f"## {title}", "", f"![](pareto-{name}.png)", "", tables.as_markdown(found.rows), "", f"Beaten by nobody in both time and quality: {front}."]
+    minutes = (time.monotonic() - started) / 60
+    made = f"`python benchmarks/pareto.py {name} --rounds {rounds}` on {side_by_side.machine()}, in {minutes:.0f} minutes."
+    lines = [f"# Pareto: every training-free method on {title}", "", made, "", f"![](pareto-{name}.png)", "", tables.as_markdown(found.rows), "", f"Beaten by nobody in both time and quality: {front}."]
     said = [f"- {row.name} is not faster: {row.why_not_faster}" for row in found.rows if row.why_not_faster]
     said += [f"- {method} refused: {why}" for method, why in found.refused.items()]
     said += [f"- {method}: {line}" for method, line in found.headlines.items()]
@@ -46,10 +50,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     side_by_side.DOCS.mkdir(parents=True, exist_ok=True)
-    head = f"# Pareto: {__doc__.splitlines()[0]}\n\n`python benchmarks/pareto.py` on {side_by_side.machine()}.\n\n"
-    text = head + "\n".join(section(name, options.rounds) for name in options.models)
-    (side_by_side.DOCS / "pareto.md").write_text(text)
-    print(text)
+    for name in options.models:
+        text = page(name, options.rounds)
+        (side_by_side.DOCS / f"pareto-{name}.md").write_text(text)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
