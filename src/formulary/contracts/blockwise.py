@@ -191,7 +191,7 @@ class Blockwise:
                 if stop is not None or block.name in self.done:
                     if block.stack not in kept:
                         kept[block.stack] = self.outputs.get(block.stack, index)
-                    stack.enter_context(_recorded(block.module, kept[block.stack]))
+                    stack.enter_context(handing_out([block.module], kept[block.stack]))
             if stop is not None:
                 handle = stop.module.register_forward_hook(reached)
                 stack.callback(handle.remove)
@@ -259,15 +259,24 @@ def _recorded_class(cls: type) -> type:
 
 
 @contextmanager
-def _recorded(module: nn.Module, output):
-    cls = type(module)
-    module.__class__ = _recorded_class(cls)
-    module.__dict__["_recorded"] = (output,)
+def handing_out(modules: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Within the context these blocks give `output` at once instead of computing, so that a model goes on from there.
+
+    >>> block = nn.Linear(2, 2)
+    >>> with handing_out([block], torch.ones(2)):
+    ...     block(torch.zeros(2))
+    tensor([1., 1.])
+    """
+    classes = [type(module) for module in modules]
     try:
+        for module, cls in zip(modules, classes):
+            module.__dict__["_recorded"] = (output,)
+            module.__class__ = _recorded_class(cls)
         yield
     finally:
-        module.__class__ = cls
-        del module.__dict__["_recorded"]
+        for module, cls in zip(modules, classes):
+            module.__class__ = cls
+            module.__dict__.pop("_recorded", None)
 
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:

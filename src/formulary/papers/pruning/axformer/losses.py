@@ -1,6 +1,10 @@
-"""The loss of every item of validation data, whatever head a model has."""
+"""The loss of every item of validation data, whatever head a model has.
+
+Trials change a model at its end first, and many of them the same block. `Losses.start_after` keeps what comes before.
+"""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -8,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from formulary.contracts import Data, Report, parts
+from formulary.contracts.blockwise import Blockwise, handing_out, map_tensors
 from formulary.errors import FormularyError
+from formulary.kernels import float32
 from formulary.lab import metrics
 
 
@@ -24,6 +30,8 @@ class Losses:
 
     def __init__(self, model: nn.Module, data: Data, validation: float, report: Report):
         self.model, self.data, self.readout = model, data, None
+        self.blocks = parts.blocks(model)
+        self.last, self.kept = None, []  # the block to start after, and what it gives for every batch
         self.causal = parts.kind(model) == "decoder" and "Classification" not in type(model).__name__
         with torch.no_grad():
             first = next(self._batches(data, labels=False))
@@ -39,21 +47,60 @@ class Losses:
             self._fit(fit, self.marks[~held], self.marks[held])
             self.marks = self.marks[held]
             report.note(f"without a head: a logistic readout fitted on {len(fit)} items stands for it")
+        self.sequential = len(self.blocks) > 1 and Blockwise(model, self.data).sequential
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __call__(self) -> Float[Tensor, "N"]:
+        return torch.cat(list(self.by_batch()))
 
     @torch.no_grad()
-    def __call__(self) -> Float[Tensor, "N"]:
+    def start_after(self, block: parts.Block | None) -> None:
+        """From now on what `block` gives is handed out, and nothing before it computes; None: everything computes. The model
+        must not change up to there. Where blocks are not called once each and in order, everything goes on to compute.
+        """
+        self.last, self.kept = None, []
+        if block is None or not self.sequential:
+            return
+        given = []
+        handle = block.module.register_forward_hook(lambda module, args, output: given.append(map_tensors(Tensor.clone, output)))
+        try:
+            for batch in self._batches(self.data, labels=False):
+                self.model.base_model(**batch)
+        finally:
+            handle.remove()
+        self.last, self.kept = block, given
+
+    def by_batch(self) -> Iterator[Float[Tensor, "n"]]:
+        """The same a batch at a time."""
+        at = 0
+        for index, batch in enumerate(self._batches(self.data)):
+            with torch.no_grad(), self._from_kept(index), float32.faster():
+                found = self._losses(batch, at)
+            at += len(found)
+            yield found.cpu()
+
+    def _losses(self, batch: dict[str, Tensor], at: int) -> Float[Tensor, "n"]:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.kind == "readout":
-            scores = torch.from_numpy(self.readout.decision_function(self._features(self.data)))
+            scores = torch.from_numpy(self.readout.decision_function(self._features(inputs)))
             scores = torch.stack([torch.zeros_like(scores), scores], 1) if scores.ndim == 1 else scores
-            columns = torch.from_numpy(np.searchsorted(self.readout.classes_, self.marks))
-            return nn.functional.cross_entropy(scores, columns, reduction="none").float()
+            columns = np.searchsorted(self.readout.classes_, self.marks[at : at + len(scores)])
+            return nn.functional.cross_entropy(scores, torch.from_numpy(columns), reduction="none").float()
         if self.kind == "classes":
-            logits = torch.cat([self.model(**batch).logits.float() for batch in self._batches(self.data, labels=False)])
-            return nn.functional.cross_entropy(logits.cpu(), torch.as_tensor(self.marks), reduction="none")
+            logits = self.model(**inputs).logits.float().cpu()
+            marks = torch.as_tensor(self.marks[at : at + len(logits)])
+            return nn.functional.cross_entropy(logits, marks, reduction="none")
         if self.causal:
-            return metrics.sequence_loss(self.model, self._batches(self.data)).per_token.cpu()
-        found = [(self.model(**batch).logits, batch["labels"]) for batch in self._batches(self.data)]
-        return torch.cat([metrics.token_nats(*one, shift=False).per_token for one in found]).cpu()
+            return metrics.sequence_loss(self.model, [batch]).per_token
+        return metrics.token_nats(self.model(**inputs).logits, batch["labels"], shift=False).per_token
+
+    def _from_kept(self, index: int) -> AbstractContextManager:
+        if self.last is None:
+            return nullcontext()
+        before = next(i for i, block in enumerate(self.blocks) if block.name == self.last.name)
+        return handing_out([block.module for block in self.blocks[: before + 1]], self.kept[index])
 
     def _batches(self, data: Data, labels: bool = True) -> Iterator[dict[str, Tensor]]:
         """On the model's device and in its dtype."""
@@ -78,16 +125,12 @@ class Losses:
         if len(set(marks)) < 2 or set(held) - set(marks):
             raise FormularyError(f"axformer: {len(marks)} items are too few to fit a readout of every class: give more")
         self.readout = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        self.readout.fit(self._features(data), marks)
+        self.readout.fit(np.concatenate([self._features(batch) for batch in self._batches(data, labels=False)]), marks)
 
     @torch.no_grad()
-    def _features(self, data: Data) -> np.ndarray:
-        rows = []
-        for batch in self._batches(data, labels=False):
-            hidden = self.model(**batch).last_hidden_state.float()
-            if "pixel_values" in batch:
-                rows.append(hidden[:, 0])
-            else:
-                real = batch["attention_mask"][..., None].to(hidden.dtype)
-                rows.append((hidden * real).sum(1) / real.sum(1))
-        return torch.cat(rows).cpu().numpy()
+    def _features(self, batch: dict[str, Tensor]) -> np.ndarray:
+        hidden = self.model(**batch).last_hidden_state.float()
+        if "pixel_values" in batch:
+            return hidden[:, 0].cpu().numpy()
+        real = batch["attention_mask"][..., None].to(hidden.dtype)
+        return ((hidden * real).sum(1) / real.sum(1)).cpu().numpy()

@@ -16,6 +16,7 @@ from formulary.errors import FormularyError, UsageError
 from formulary.lab import small
 from formulary.papers.pruning.axformer import AxFormer, HardAttention
 from formulary.papers.pruning.axformer.losses import Losses
+from formulary.papers.pruning.axformer.method import Trial
 
 
 def classifier(layers: int = 3, seed: int = 0, scale: float = 6.0):
@@ -171,6 +172,43 @@ def test_losses_are_transformers_own_and_padding_plays_no_part():
     with torch.no_grad():
         alone = [float(llama(input_ids=i["input_ids"][None], labels=i["input_ids"][None]).loss) for i in words.items]
     torch.testing.assert_close(Losses(llama, words, 0.5, Report("", {}, 1))(), torch.tensor(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "albert"])
+def test_losses_start_after_a_block_whose_outcome_is_kept(family):
+    model, data = small.tiny(family), texts()
+    plain = Data([{"input_ids": item["input_ids"]} for item in data.items], batch_size=7, labels=data.labels)
+    losses, blocks, ran = Losses(model, plain, 0.5, Report("", {}, 1)), parts.blocks(model), []
+    for part in parts.linears(model):
+        part.module.register_forward_pre_hook(lambda module, args, name=part.name: ran.append(name))
+    whole = losses()
+    everything = set(ran)
+    losses.start_after(blocks[0])
+    ran.clear()
+    assert torch.equal(losses(), whole)
+    shared = len(blocks) == 1
+    assert set(ran) == {name for name in everything if shared or not name.startswith(f"{blocks[0].name}.")}
+    with torch.no_grad():
+        parts.linears(model)[-1].raw.mul_(3)
+    assert not torch.equal(changed := losses(), whole)
+    losses.start_after(None)
+    ran.clear()
+    assert torch.equal(losses(), changed) and set(ran) == everything
+
+
+def test_a_short_trial_ends_when_half_of_the_items_are_worse_off():
+    model, data = classifier(), texts()
+    losses = Losses(model, data, 0.5, Report("", {}, 1))
+    base = losses()
+    ran = []
+    model.classifier.register_forward_hook(lambda *_: ran.append(1))
+    for lower, batches in ((0, 4), (14, 2), (11, 4)):  # of 24 items in batches of 7, the first `lower` are made to be worse off
+        trial = lambda: Trial(losses, base - (torch.arange(24) < lower).float(), float(base.mean()) + 1, 0.0)
+        ran.clear()
+        passed, loss = trial().passes(short=True)
+        assert (passed, len(ran)) == (lower < 12, batches)
+        assert loss == pytest.approx(float(base[: 7 * batches].mean()), rel=1e-5)
+        assert trial().passes()[0] == passed
 
 
 @pytest.mark.parametrize("classes", [2, 3])
