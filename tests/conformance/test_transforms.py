@@ -12,6 +12,7 @@ import transformers
 import formulary  # noqa: F401  (registers the loader)
 from formulary.contracts import edits, parts
 from formulary.contracts.report import Report
+from formulary.contracts.transform import refuse_nan
 from formulary.errors import FormularyError
 from formulary.lab import small
 from tests.conformance import rooms
@@ -221,6 +222,19 @@ def test_nan_weights_are_refused(slug, cls):
         first.raw[0, 0] = float("nan")
     with pytest.raises(FormularyError, match="NaN or infinite"):
         cls(**rooms.quick(cls)).apply(model, rooms.data_for(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_weight_is_found_wherever_it_is(value, dtype):
+    layer = torch.nn.Linear(9, 100).to(dtype)
+    refuse_nan(layer)
+    refuse_nan(torch.nn.Linear(2, 3, device="meta"))
+    refuse_nan(torch.nn.ParameterList([torch.empty(0)]))
+    with torch.no_grad():
+        layer.weight[61, 5] = value
+    with pytest.raises(FormularyError, match="weight body.weight has NaN or infinite"):
+        refuse_nan(layer, "body")
 
 
 @pytest.mark.parametrize("slug,cls,family", REFUSALS)

@@ -31,6 +31,20 @@ def test_strided_and_half_precision_rows_count_as_they_are():
     torch.testing.assert_close(half.total(), x.bfloat16().float().mT @ x.bfloat16().float(), atol=1e-4, rtol=1e-4)
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=3), st.integers(1, 150), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_gram_of_halves_is_that_of_the_rows_in_bfloat16(batches, features, seed):
+    """Where the processor has no such products, of the rows as they are."""
+    x = torch.randn(sum(batches), features, generator=torch.Generator().manual_seed(seed))
+    gram = Gram(features, halves=True)
+    for batch in x.split(batches):
+        gram.add(batch)
+    rounded = x.bfloat16().double() if gram.rounds else x.double()
+    torch.testing.assert_close(gram.total().double(), rounded.mT @ rounded, atol=1e-3, rtol=1e-4)
+    assert torch.equal(gram.total(), gram.total().mT)
+    assert gram.rounds == (compensation.path() == "C++" and torch.cpu._is_avx512_bf16_supported())
+
+
 @needs_compiler
 @given(
     columns=st.integers(1, 70), rows=st.integers(1, 50), groups=st.integers(1, 3), bits=st.integers(2, 8), seed=st.integers(0, 99),

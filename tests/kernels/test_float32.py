@@ -21,6 +21,24 @@ def test_linears_are_pytorchs_to_rounding(rows, bias):
             torch.testing.assert_close(layer(x.mT.contiguous().mT), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_halves_factors_are_in_bfloat16_where_that_is_faster(monkeypatch, has, bias):
+    monkeypatch.setattr(float32, "has_halves", lambda: has)
+    layer, x = nn.Linear(70, 45, bias=bias), torch.randn(3, 40, 70)
+    half = lambda value: value.bfloat16().double()
+    with torch.no_grad():
+        exact = F.linear(half(x), half(layer.weight), half(layer.bias) if bias else None)
+        wanted = exact.float() if has else layer(x)
+        with faster(halves=True):
+            seen = layer(x)
+            assert seen.dtype == torch.float32
+            torch.testing.assert_close(seen, wanted, atol=1e-5, rtol=2**-7 if has else 1e-5)
+            x.mul_(2).sub_(1)  # the same tensor with other values
+            torch.testing.assert_close(layer(x), layer(x.clone()), atol=0, rtol=0)
+            torch.testing.assert_close(layer(x[:, :1]), F.linear(x[:, :1], layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shared", [1, 2, 4])
 def test_attention_is_pytorchs_to_rounding(causal, shared):

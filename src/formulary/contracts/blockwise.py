@@ -4,7 +4,8 @@ changed.
 The model's own code computes everything between blocks (masks, positions, cross-attention), and each block runs twice
 in all: blocks already done hand out their recorded output instead of computing, and the run stops after the block
 that is looked at. It is exact for any model that calls each block once and in order. Where a block is called more
-often (ALBERT) every run is one of the whole model: exact too, and slower. Float32 products run in `kernels.float32`.
+often (ALBERT) every run is one of the whole model: exact too, and slower. Float32 products run in `kernels.float32`, with
+`halves` from factors rounded to bfloat16.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,8 +63,9 @@ class _Grams:
     share one sum.
     """
 
-    def __init__(self, share: bool):
-        self.share, self.sums, self.leader, self.latest = share, {}, {}, None
+    def __init__(self, share: bool, halves: bool):
+        self.share, self.halves = share, halves
+        self.sums, self.leader, self.latest = {}, {}, None
 
     def add(self, key: tuple[str, int | None], x: Tensor) -> None:
         state = (x.data_ptr(), x.shape, x.stride(), version(x))
@@ -73,7 +75,7 @@ class _Grams:
             raise _Apart
         if leader == key:
             if key not in self.sums:
-                self.sums[key] = Gram(x.shape[1], x.device)
+                self.sums[key] = Gram(x.shape[1], x.device, halves=self.halves)
             self.sums[key].add(x)
         self.latest = leader, state, x  # keeps x alive, so that no other tensor takes its place in memory
 
@@ -93,7 +95,8 @@ class Blockwise:
 
     `outputs` is where outputs of blocks are kept. `frugal` makes `grams` hold no more than the largest matrix at a time,
     for more passes over the data. `sequential` says whether blocks are called once each and in order; a run over the
-    first item tells when it is not given.
+    first item tells when it is not given. `halves`: products of a float32 model, X^T X too, take their factors in bfloat16
+    where the processor has instructions for that.
     """
 
     def __init__(
@@ -104,8 +107,9 @@ class Blockwise:
         outputs: Outputs | None = None,
         frugal: bool = False,
         sequential: bool | None = None,
+        halves: bool = False,
     ):
-        self.model, self.data, self.frugal = model.eval(), data, frugal
+        self.model, self.data, self.frugal, self.halves = model.eval(), data, frugal, halves
         self.device = next(p.device for p in model.parameters() if p.device.type != "meta")
         self.blocks = parts.blocks(model)
         self.outputs = Outputs() if outputs is None else outputs
@@ -143,7 +147,7 @@ class Blockwise:
 
     def _grams(self, block: Block | None, linears: Sequence[Linear], share: bool) -> "_Grams | None":
         """The sums over all the data; None if linears that shared an input in one batch do not in another."""
-        grams = _Grams(share)
+        grams = _Grams(share, self.halves)
         try:
             self.observe(block, linears, lambda part, x, expert: grams.add((part.name, expert), x))
         except _Apart:
@@ -196,7 +200,7 @@ class Blockwise:
                 handle = stop.module.register_forward_hook(reached)
                 stack.callback(handle.remove)
             try:
-                with float32.faster():
+                with float32.faster(halves=self.halves):
                     run(batch)
             except _Reached:
                 return seen[0] if seen else None

@@ -5,6 +5,10 @@
 #include <cstring>
 
 #include "vectors.hpp"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
 
 constexpr int64_t PANEL = 48, DEPTH = 128, TALL = 8, WIDE = PANEL / 16;
 
@@ -49,6 +53,64 @@ extern "C" int add_gram(const float* x, int64_t rows, int64_t columns, int64_t w
     std::free(packed);
     return 0;
 }
+
+#ifdef __AVX512BF16__
+// `tile` of pairs of rows in bfloat16: each word of 32 bits holds a column of both.
+static inline void tile_of_halves(const uint32_t* left, const uint32_t* right, int64_t depth, float* to, int64_t step) {
+    __m512 sums[TALL][WIDE];
+    UNROLLED for (int r = 0; r < TALL; ++r) UNROLLED for (int w = 0; w < WIDE; ++w) sums[r][w] = _mm512_setzero_ps();
+    for (int64_t t = 0; t < depth; ++t, left += PANEL, right += PANEL) {
+        __m512i x[WIDE];
+        UNROLLED for (int w = 0; w < WIDE; ++w) x[w] = _mm512_loadu_si512(right + 16 * w);
+        UNROLLED for (int r = 0; r < TALL; ++r) {
+            const __m512i pair = _mm512_set1_epi32(left[r]);
+            UNROLLED for (int w = 0; w < WIDE; ++w) asm("vdpbf16ps %2, %1, %0" : "+v"(sums[r][w]) : "v"(pair), "v"(x[w]));
+        }
+    }
+    UNROLLED for (int r = 0; r < TALL; ++r) UNROLLED for (int w = 0; w < WIDE; ++w) {
+        float* place = to + r * step + 16 * w;
+        _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sums[r][w]));
+    }
+}
+
+static inline __m512i halves_of(const float* row, __mmask16 lanes) {
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, row));
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half));
+}
+
+// `add_gram` of the rows rounded to bfloat16.
+extern "C" int add_gram_of_halves(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+    constexpr int64_t PAIRS = DEPTH;
+    const int64_t panels = wide / PANEL;
+    uint32_t* packed = static_cast<uint32_t*>(std::aligned_alloc(64, panels * PAIRS * PANEL * sizeof(uint32_t)));
+    if (!packed) return 1;
+    for (int64_t start = 0; start < rows; start += 2 * PAIRS) {
+        const int64_t depth = rows - start < 2 * PAIRS ? (rows - start + 1) / 2 : PAIRS;
+#pragma omp parallel
+        {
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < panels; ++p)
+                for (int64_t t = 0; t < depth; ++t)
+                    for (int w = 0; w < WIDE; ++w) {
+                        const int64_t column = p * PANEL + 16 * w, row = start + 2 * t;
+                        const int64_t left = columns - column;
+                        const __mmask16 lanes = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+                        __m512i words = halves_of(x + row * columns + column, lanes);
+                        if (row + 1 < rows)
+                            words = _mm512_or_si512(words, _mm512_slli_epi32(halves_of(x + (row + 1) * columns + column, lanes), 16));
+                        _mm512_storeu_si512(packed + (p * PAIRS + t) * PANEL + 16 * w, words);
+                    }
+#pragma omp for schedule(dynamic)
+            for (int64_t q = 0; q < panels; ++q)
+                for (int64_t i = 0; i < (q + 1) * PANEL; i += TALL)
+                    tile_of_halves(packed + i / PANEL * PAIRS * PANEL + i % PANEL, packed + q * PAIRS * PANEL, depth,
+                                   gram + i * wide + q * PANEL, wide);
+        }
+    }
+    std::free(packed);
+    return 0;
+}
+#endif
 
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")

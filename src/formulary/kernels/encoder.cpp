@@ -35,8 +35,9 @@ extern "C" int attention(const float* query, int64_t query_token, int64_t query_
         float *keys = scratch, *values = keys + width * padded, *scores = values + padded * wide;
         const float* k = key + start * key_token + h / groups * key_head;
         const float* v = value + start * value_token + h / groups * value_head;
-        for (int64_t j = 0; j < padded; ++j)
-            for (int64_t d = 0; d < width; ++d) keys[d * padded + j] = j < length ? k[j * key_token + d] : 0.0f;
+        for (int64_t j = 0; j < padded; j += 16)  // 16 keys at a time, whose rows stay in the nearest cache
+            for (int64_t d = 0; d < width; ++d)
+                for (int64_t i = j; i < j + 16; ++i) keys[d * padded + i] = i < length ? k[i * key_token + d] : 0.0f;
         for (int64_t j = 0; j < length; ++j) {
             std::memcpy(values + j * wide, v + j * value_token, width * sizeof(float));
             for (int64_t d = width; d < wide; ++d) values[j * wide + d] = 0.0f;

@@ -208,7 +208,7 @@ class Run:
 
     def _walk(self) -> Blockwise:
         """How the blocks are called is found out once, each block having its weights while it runs."""
-        options = {"outputs": self.outputs, "frugal": True}
+        options = {"outputs": self.outputs, "frugal": True, "halves": self.method.halves}
         if self.journal.sequential() is None:
             with ExitStack() as stack:
                 for block in self.disk.blocks:

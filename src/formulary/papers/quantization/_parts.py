@@ -93,10 +93,12 @@ class Quantized:
 
     def dense(self, grid: Grid) -> Float[Tensor, "out in"]:
         """The weight that the codes stand for, float32."""
-        index = self.group_index
-        if index is None:
-            index = torch.arange(self.codes.shape[1], device=self.codes.device) // grid.columns(self.codes.shape[1])
-        return (self.codes.float() - self.zero[:, index]) * self.scale[:, index]
+        rows, features = self.codes.shape
+        if self.group_index is not None:
+            return (self.codes.float() - self.zero[:, self.group_index]) * self.scale[:, self.group_index]
+        width = grid.columns(features)
+        codes = F.pad(self.codes, (0, self.scale.shape[1] * width - features)).view(rows, -1, width)
+        return codes.float().sub_(self.zero[..., None]).mul_(self.scale[..., None]).flatten(1)[:, :features]
 
 
 def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid, dtype: torch.dtype = torch.float32) -> Quantized:

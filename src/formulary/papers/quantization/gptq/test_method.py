@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from formulary.contracts import Data, parts
 from formulary.errors import FormularyError, UsageError
-from formulary.kernels.float32 import faster
+from formulary.kernels.compensation import Gram
+from formulary.kernels.float32 import faster, has_halves
 from formulary.lab.small import inputs_for, tiny
 from formulary.papers.quantization import gptq
 from formulary.papers.quantization._blockwise import Blockwise
@@ -87,6 +88,30 @@ def test_output_error_is_well_below_rounding_on_the_same_grid(bits):
     gram = x.T @ x
     compensation = output_error(weight, compensated(weight, gram, grid)[0].dense(grid), gram)
     assert compensation <= 0.6 * output_error(weight, round_to_nearest(weight, grid).dense(grid), gram)
+
+
+@pytest.mark.parametrize("strip", [7, 16, 40, 256])
+def test_output_error_is_that_of_the_outputs(strip):
+    weight, other, x = torch.randn(9, 40), torch.randn(9, 40), torch.randn(60, 40)
+    found = output_error(weight, other, x.T @ x, strip=strip)
+    assert found == pytest.approx(float((x @ (weight - other).T).square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_hessians_are_of_the_inputs_or_of_these_in_bfloat16(halves):
+    """Every sum of gptq's walk against a plain one over what reaches the layers."""
+    assert GPTQ.halves
+    model = tiny("llama")
+    walk = Blockwise(model, data_for(model), halves=halves)
+    linears = [part for part in parts.linears(model) if part.name.startswith(walk.blocks[0].name)]
+    seen: dict[str, list] = {}
+    walk.observe(walk.blocks[0], linears, lambda part, x, expert: seen.setdefault(part.name, []).append(x.clone()))
+    rounds = Gram(8, halves=halves).rounds
+    assert rounds or not halves or not has_halves()
+    for part, (gram,) in walk.grams(walk.blocks[0], linears):
+        x = torch.cat(seen[part.name])
+        x = x.bfloat16().float() if rounds else x
+        torch.testing.assert_close(gram, x.T @ x, atol=1e-5, rtol=1e-4)
 
 
 @given(bits=st.integers(2, 8), rows=st.integers(1, 5), bytes_=st.integers(1, 9), seed=st.integers(0, 99))
