@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 LLAMA ?= -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
-.PHONY: demo test bench install clean
+.PHONY: demo test bench pareto install clean
 
 install: $(STAMP)
 
@@ -43,7 +43,10 @@ bench: $(STAMP)
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools wheel ninja
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r benchmarks/requirements-quantizing.txt
 	$(call MEASURE,quantizing,--rounds 1) --peers $(VENV)-peers/bin/python
-	$(call MEASURE,pareto)
+
+# Every training-free method of the catalogue on three real models; a page and a plot of each in docs/benchmarks, after an hour or two.
+pareto: $(STAMP)
+	$(BIN)/python benchmarks/pareto.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers demo build dist

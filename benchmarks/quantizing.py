@@ -3,13 +3,15 @@
     python benchmarks/quantizing.py --peers PYTHON      # tables and plots in docs/benchmarks
 
 All quantize the linears in the blocks on the same 16 texts of 512 tokens in batches of 4, an asymmetric grid in groups of 64,
-damping 0.01, columns in order, every linear of a block calibrated in one pass, in float32. Held out are 12 other texts.
+damping 0.01, columns in order, every linear of a block calibrated in one pass; once from a model in float32 and once in bfloat16,
+in which the peers are faster. Ours multiplies in bfloat16 for both. Held out are 12 other texts, judged in float32.
 llm-compressor takes its grid from the weight before compensation, the others from the weight so far. The peers pin other versions
 of transformers than formulary does, so PYTHON is an environment of their own (`make bench` makes it). One thread, CPU time.
 GPTQModel's loss is that of the files it saves, read here: what it leaves in memory is no model that computes.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +24,7 @@ OURS = "formulary"
 CALIBRATION, HELD_OUT, LENGTH, BATCH, GROUP, DAMP = 16, 12, 512, 4, 64, 0.01
 
 
-SECTIONS = {4: "4 bits", 3: "3 bits"}
+BITS, DTYPES = (4, 3), ("float32", "bfloat16")
 
 
 # ---------------------------------------------------------------- arms, each in a process of its own: (model, seconds)
@@ -38,7 +40,7 @@ def loaded(task: dict):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"]))
 
 
 def formulary_arm(task: dict):
@@ -94,7 +96,7 @@ def gptqmodel_arm(task: dict):
         bits=task["bits"], group_size=GROUP, sym=False, desc_act=False, act_group_aware=False, damp_percent=DAMP,
         true_sequential=False, offload_to_disk=False, device="cpu",
     )  # fmt: skip
-    model = GPTQModel.load(task["model"], config, dtype=torch.float32)
+    model = GPTQModel.load(task["model"], config, dtype=getattr(torch, task["dtype"]))
     torch.set_num_threads(1)
     rows = [{"input_ids": ids, "attention_mask": [1] * LENGTH} for ids in task["calibration"]]
     _, seconds = clock(lambda: model.quantize(rows, batch_size=BATCH))
@@ -108,7 +110,7 @@ def from_gptq_files(task: dict, directory: Path):
     import torch
     from safetensors.torch import load_file
 
-    model, bits = loaded(task), task["bits"]
+    model, bits = loaded({**task, "dtype": "float32"}), task["bits"]
     if json.loads((directory / "quantize_config.json").read_text()).get("checkpoint_format", "gptq") != "gptq":
         raise RuntimeError("GPTQModel saved another format than gptq")
     state = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
@@ -166,7 +168,7 @@ def serve(name: str, task: dict) -> None:
 
     torch.set_num_threads(1)
     model, seconds = ARMS[name](task)
-    print(json.dumps({**seconds, "nats": nats(model, task["held_out"])}), file=channel, flush=True)
+    print(json.dumps({**seconds, "nats": nats(model.float(), task["held_out"])}), file=channel, flush=True)
 
 
 # ---------------------------------------------------------------- all arms, tables and plots
@@ -250,7 +252,7 @@ def main() -> None:
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--bits", nargs="*", type=int, default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--bits", nargs="*", type=int, default=BITS, choices=BITS)
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="of the environment that has the peers")
     options = parser.parse_args()
     if options.arm:
@@ -270,8 +272,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        for key in options.bits:
-            task = {"model": directory, "bits": key, "calibration": calibration, "held_out": held_out}
+        for bits, dtype in itertools.product(options.bits, DTYPES):
+            title = f"{bits} bits, {dtype}"
+            task = {"model": directory, "bits": bits, "dtype": dtype, "calibration": calibration, "held_out": held_out}
             (file := Path(directory) / "task.json").write_text(json.dumps(task))
             found: dict = {}
             for number in range(options.rounds):
@@ -281,11 +284,11 @@ def main() -> None:
                     seen = run_arm(name, peers if name in PEERS else sys.executable, file)
                     found[name] = seen if isinstance(seen, str) else [*found.get(name, []), seen]
                     shown = seen if isinstance(seen, str) else {k: round(v, 1) for k, v in seen.items() if k != "nats"}
-                    print(f"{SECTIONS[key]}, round {number + 1}, {name}: {shown}", file=sys.stderr, flush=True)
+                    print(f"{title}, round {number + 1}, {name}: {shown}", file=sys.stderr, flush=True)
             print(table(found, millions), flush=True)
             side_by_side.DOCS.mkdir(parents=True, exist_ok=True)
-            plot(found, side_by_side.DOCS / f"quantizing-{key}.png")
-            text += [f"## {SECTIONS[key]}", "", table(found, millions), "", f"![](quantizing-{key}.png)", ""]
+            plot(found, side_by_side.DOCS / f"quantizing-{bits}-{dtype}.png")
+            text += [f"## {title}", "", table(found, millions), "", f"![](quantizing-{bits}-{dtype}.png)", ""]
             (side_by_side.DOCS / "quantizing.md").write_text("\n".join(text))
 
 
