@@ -207,7 +207,9 @@ def interval(differences) -> str:
 
 
 def table(found: dict[str, list[dict] | str], millions: float) -> str:
-    """Markdown: CPU and wall seconds (medians), CPU seconds per million parameters, how many times as fast ours is, loss."""
+    """Markdown: CPU and wall seconds (medians), CPU seconds per million parameters, how many times as fast ours is within a round
+    (median, least and most), loss.
+    """
     import numpy as np
 
     line = lambda *cells: "| " + " | ".join(cells) + " |"
@@ -221,7 +223,11 @@ def table(found: dict[str, list[dict] | str], millions: float) -> str:
         timed = name not in ("unquantized", OURS) and not isinstance(found[OURS], str)
         excess = "" if name == "unquantized" else interval(loss - np.array(found["unquantized"][0]["nats"]))
         cells = ["", "", ""] if name == "unquantized" else [f"{cpu:.1f}", f"{median(name, 'wall'):.1f}", f"{cpu / millions:.3f}"]
-        times = f"{cpu / median(OURS, 'cpu'):.2f}x" if timed and name in PEERS else ""
+        times = ""
+        if timed and name in PEERS:
+            ratios = [peer["cpu"] / ours["cpu"] for peer, ours in zip(runs, found[OURS])]
+            least_most = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else ""
+            times = f"{np.median(ratios):.2f}x{least_most}"
         rows.append(line(f"**{name}**" if name == OURS else name, *cells, times, f"{np.exp(loss.mean()):.2f}", excess))
     return "\n".join(rows)
 
