@@ -224,7 +224,7 @@ def compensated(
         upper = torch.linalg.solve_triangular(own, torch.eye(end - start, dtype=own.dtype, device=own.device), upper=True)
         block = original[start:end].clone()
         if start:
-            block.addmm_((factor[:start, start:end] @ upper).float().mT, errors[:start])
+            block.addmm_(upper.float().mT, factor[:start, start:end].float().mT @ errors[:start])
         for first in range(0, end - start, width if static is None else end - start):
             last = min(first + width, end - start) if static is None else end - start
             if static is None:
@@ -247,12 +247,28 @@ def _order(gram: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, order: Tensor | None, damp: float) -> tuple[Tensor, float]:
-    """R (in, in) float64, upper triangular with R R^T = H, for columns in `order`; and the damping that it took."""
+    """R (in, in) float64, upper triangular with R R^T = H, for columns in `order`; and the damping that it took. What is below
+    R's diagonal is anything.
+    """
     hessian = gram + torch.diag((gram.diagonal() == 0).to(gram.dtype))
     hessian = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double()
-    mean = hessian.diagonal().mean()
+    mean, diagonal = hessian.diagonal().mean(), hessian.diagonal().clone()
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + torch.diag_embed((damp * mean).expand(len(hessian))))
+        hessian.diagonal().copy_(diagonal + damp * mean)
+        lower, failed = _cholesky(hessian)
         if not failed:
             return lower.flip(0, 1), damp
         damp = max(10 * damp, 1e-6)
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
+    """L with L L^T = `matrix`, of which only the lower half counts, and whether there is none. On a CPU by SciPy's OpenBLAS: MKL,
+    which PyTorch has, takes more than twice as long on processors that are not Intel's.
+    """
+    if matrix.device.type != "cpu":
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        return lower, bool(failed)
+    from scipy.linalg import lapack
+
+    lower, failed = lapack.dpotrf(matrix.numpy().T, lower=1, clean=0)  # symmetric, so that the transpose is in Fortran's order
+    return torch.from_numpy(lower), failed != 0
