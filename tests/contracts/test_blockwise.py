@@ -78,6 +78,7 @@ def test_linears_that_share_an_input_in_some_batches_only_have_sums_of_their_own
     walk = Blockwise.__new__(Blockwise)
     rows = torch.randn(4, 4)
     walk.model, walk.frugal, walk.sequential, walk.blocks, walk.done, walk.device = model, False, False, [], set(), rows.device
+    walk.halves = False
     walk.data = Data([{"x": row, "apart": torch.tensor(i == 3)} for i, row in enumerate(rows)], batch_size=2)
     chosen = [parts.Linear(name, getattr(model, name), "linear") for name in ("first", "second")]
     (_, [first]), (_, [second]) = walk.grams(None, chosen)
