@@ -57,9 +57,14 @@ class IntelSparseSpmmCpu(Transform):
         check_range("intel-sparse-spmm-cpu", "learning_rate", self.learning_rate, 1e-9, 1.0)
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains while it prunes."""
+        return self.steps > 0
+
+    @property
     def needs_data(self) -> bool:
         """Training needs data; pruning at once does not."""
-        return self.steps > 0
+        return self.trains
 
     def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> None:
         chosen = []

@@ -23,12 +23,13 @@ class Losses:
 
     Models of language: per token of each sequence. Classes: of the item's label, by the model's own head, or by a
     logistic readout of its features (first token of an image, mean over the real tokens of a text), fitted on the
-    other items when this is made and left alone from then on. `length`: of the sequences in the first batch.
+    other items when this is made and left alone from then on. `length`: of the sequences in the first batch; `items`: how many
+    are taken at most.
 
     Raises FormularyError where there are no labels, or too few to fit a readout.
     """
 
-    def __init__(self, model: nn.Module, data: Data, validation: float, report: Report):
+    def __init__(self, model: nn.Module, data: Data, validation: float, report: Report, items: int | None = None):
         self.model, self.data, self.readout = model, data, None
         self.blocks = parts.blocks(model)
         self.last, self.kept = None, []  # the block to start after, and what it gives for every batch
@@ -47,6 +48,9 @@ class Losses:
             self._fit(fit, self.marks[~held], self.marks[held])
             self.marks = self.marks[held]
             report.note(f"without a head: a logistic readout fitted on {len(fit)} items stands for it")
+        if items is not None and items < len(self.data):
+            self.data = self.data.take(range(items))
+            self.marks = None if self.marks is None else self.marks[:items]
         self.sequential = len(self.blocks) > 1 and Blockwise(model, self.data).sequential
 
     def __len__(self) -> int:

@@ -134,6 +134,7 @@ class AxFormer(Transform):
     tolerance: nats that the loss may lie above the lowest so far. inspect: how many times the best a loss may be for the
     part to be tried in pieces. groups: pieces of a feed-forward. hard_attention: k, None leaves attention as it is.
     validation: the share of the data on which losses are measured where a readout is fitted on the rest; else it is all.
+    items: of these at most; a trial is a pass over them, and there are some 700 trials in a model of 30 blocks.
     """
 
     tolerance: float = 0.0
@@ -141,6 +142,7 @@ class AxFormer(Transform):
     groups: int = 12
     hard_attention: int | None = 30
     validation: float = 0.5
+    items: int | None = None
 
     supports: ClassVar[frozenset[str]] = frozenset({"decoder", "encoder", "vision"})
     needs_data: ClassVar[bool] = True
@@ -153,6 +155,8 @@ class AxFormer(Transform):
         check_range("axformer", "inspect", self.inspect, 1, 1e6)
         check_range("axformer", "groups", self.groups, 1, 1_000_000)
         check_range("axformer", "validation", self.validation, 0.01, 0.99)
+        if self.items is not None:
+            check_range("axformer", "items", self.items, 1, 1 << 31)
         if self.hard_attention is not None:
             check_range("axformer", "hard_attention", self.hard_attention, 1, 1 << 31)
         if not all(math.isfinite(value) for value in (self.tolerance, self.inspect, self.validation)):
@@ -164,7 +168,7 @@ class AxFormer(Transform):
         chosen, reasons = sublayers(model, self.targets, self.ignore)
         for name, reason in reasons.items():
             report.skipped(name, reason)
-        losses = Losses(model, data, self.validation, report)
+        losses = Losses(model, data, self.validation, report, self.items)
         base = losses()
         trial = Trial(losses, base, float(base.mean()), self.tolerance)
         hard: set[str] = set()

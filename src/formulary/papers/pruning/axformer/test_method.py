@@ -228,6 +228,17 @@ def test_a_readout_stands_for_the_head_of_a_model_that_has_none(classes):
     torch.testing.assert_close(losses(), torch.tensor(expected).float(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_losses_are_of_as_many_items_as_asked(family):
+    model, data = small.tiny(family), texts()
+    plain = Data([{"input_ids": item["input_ids"]} for item in data.items], batch_size=7, labels=data.labels)
+    few, whole = (Losses(model, plain, 0.5, Report("", {}, 1), items) for items in (9, None))
+    assert len(few()) == len(few) == 9 < len(whole)
+    torch.testing.assert_close(few(), whole()[:9], rtol=1e-4, atol=1e-5)
+    _, report = AxFormer(tolerance=1.0, items=5, hard_attention=None).apply(model, plain)
+    assert report.parameters["items"] == 5
+
+
 def test_without_labels_it_says_so():
     for model in (classifier(), small.tiny("bert")):
         bare = Data([{"input_ids": item["input_ids"]} for item in texts().items])
@@ -236,7 +247,7 @@ def test_without_labels_it_says_so():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tolerance": -1.0}, {"inspect": 0.5}, {"groups": 0}, {"validation": 0.0}, {"hard_attention": 0}]
+    "wrong", [{"tolerance": -1.0}, {"inspect": 0.5}, {"groups": 0}, {"validation": 0.0}, {"hard_attention": 0}, {"items": 0}]
 )
 def test_wrong_parameters_are_refused(wrong):
     with pytest.raises(UsageError, match=f"axformer: {next(iter(wrong))}"):
