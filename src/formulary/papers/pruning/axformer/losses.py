@@ -4,7 +4,7 @@ Trials change a model at its end first, and many of them the same block. `Losses
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from formulary.contracts.blockwise import Blockwise, handing_out, map_tensors
 from formulary.errors import FormularyError
 from formulary.kernels import float32
 from formulary.lab import metrics
+
+
+class _Reached(Exception):
+    """Ends a forward pass after the block whose outcome is kept."""
 
 
 class Losses:
@@ -68,10 +72,16 @@ class Losses:
         if block is None or not self.sequential:
             return
         given = []
-        handle = block.module.register_forward_hook(lambda module, args, output: given.append(map_tensors(Tensor.clone, output)))
+
+        def reached(module, args, output):
+            given.append(map_tensors(Tensor.clone, output))
+            raise _Reached
+
+        handle = block.module.register_forward_hook(reached)
         try:
             for batch in self._batches(self.data, labels=False):
-                self.model.base_model(**batch)
+                with suppress(_Reached), float32.faster():
+                    self.model(**batch)
         finally:
             handle.remove()
         self.last, self.kept = block, given

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from formulary.contracts import Data, Report, parts
 from formulary.errors import FormularyError, UsageError
+from formulary.kernels import float32
 from formulary.lab import small
 from formulary.papers.pruning.axformer import AxFormer, HardAttention
 from formulary.papers.pruning.axformer.losses import Losses
@@ -64,7 +65,7 @@ def by_hand(model, data, *, tolerance: float, inspect: float, groups: int):
     base = losses_of(model, data)
     best, out = float(base.mean()), {}
 
-    def test(candidate):
+    def tried(candidate):
         found = losses_of(masked(model, candidate), data)
         loss = float(found.mean())
         return loss < best + tolerance and int((found <= base + tolerance).sum()) > len(found) / 2, loss
@@ -72,7 +73,7 @@ def by_hand(model, data, *, tolerance: float, inspect: float, groups: int):
     for layer in reversed(range(3)):
         neurons = [t.tolist() for t in torch.arange(24).tensor_split(groups)]
         for role, pieces in (("feed-forward", neurons), ("attention", [[head] for head in range(4)])):
-            passed, loss = test({**out, (layer, role): "all"})
+            passed, loss = tried({**out, (layer, role): "all"})
             if passed:
                 out[layer, role], best = "all", min(best, loss)
             elif loss < inspect * best:
@@ -80,7 +81,7 @@ def by_hand(model, data, *, tolerance: float, inspect: float, groups: int):
                     gone = [*out.get((layer, role), []), *map(int, piece)]
                     if len(gone) == (24 if role == "feed-forward" else 4):
                         break
-                    passed, loss = test({**out, (layer, role): gone})
+                    passed, loss = tried({**out, (layer, role): gone})
                     if passed:
                         out[layer, role], best = gone, min(best, loss)
     return out
@@ -175,7 +176,8 @@ def test_losses_are_transformers_own_and_padding_plays_no_part():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "albert"])
-def test_losses_start_after_a_block_whose_outcome_is_kept(family):
+def test_losses_start_after_a_block_whose_outcome_is_kept(family, monkeypatch):
+    monkeypatch.setattr(float32, "linear", lambda *args: 1.01 * nn.functional.linear(*args))  # what is kept takes the same path
     model, data = small.tiny(family), texts()
     plain = Data([{"input_ids": item["input_ids"]} for item in data.items], batch_size=7, labels=data.labels)
     losses, blocks, ran = Losses(model, plain, 0.5, Report("", {}, 1)), parts.blocks(model), []
@@ -183,7 +185,9 @@ def test_losses_start_after_a_block_whose_outcome_is_kept(family):
         part.module.register_forward_pre_hook(lambda module, args, name=part.name: ran.append(name))
     whole = losses()
     everything = set(ran)
+    ran.clear()
     losses.start_after(blocks[0])
+    assert not [name for name in ran if not name.startswith(f"{blocks[0].name}.")]
     ran.clear()
     assert torch.equal(losses(), whole)
     shared = len(blocks) == 1
