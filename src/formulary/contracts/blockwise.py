@@ -5,7 +5,7 @@ The model's own code computes everything between blocks (masks, positions, cross
 in all: blocks already done hand out their recorded output instead of computing, and the run stops after the block
 that is looked at. It is exact for any model that calls each block once and in order. Where a block is called more
 often (ALBERT) every run is one of the whole model: exact too, and slower. Float32 products run in `kernels.float32`, with
-`halves` from factors rounded to bfloat16.
+`halves` in bfloat16.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +95,8 @@ class Blockwise:
 
     `outputs` is where outputs of blocks are kept. `frugal` makes `grams` hold no more than the largest matrix at a time,
     for more passes over the data. `sequential` says whether blocks are called once each and in order; a run over the
-    first item tells when it is not given. `halves`: products of a float32 model, X^T X too, take their factors in bfloat16
-    where the processor has instructions for that.
+    first item tells when it is not given. `halves`: linears of a float32 model compute in bfloat16, and X^T X takes its
+    factors so, where the processor has instructions for that.
     """
 
     def __init__(

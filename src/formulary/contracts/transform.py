@@ -99,7 +99,7 @@ class BlockTransform(Transform):
     weights at the time, and both give the same bits. `block` is None for linears outside all blocks, which come last.
 
     `observes` is False where no block looks at data: `walk` is then None. `halves` is True where calibration is as good with
-    the factors of its products in bfloat16 (`Blockwise`).
+    products in bfloat16 (`Blockwise`).
     """
 
     observes: ClassVar[bool] = True

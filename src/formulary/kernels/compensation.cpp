@@ -25,24 +25,20 @@ static inline void tile(const float* left, const float* right, int64_t depth, fl
         for (int w = 0; w < WIDE; ++w) store(to + r * step + 16 * w, load(to + r * step + 16 * w) + sums[r][w]);
 }
 
-// gram (wide, wide) += x^T x on and above the diagonal's panels, for x (rows, columns) and `wide` columns rounded up to panels.
-extern "C" int add_gram(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+// gram (wide, wide) += the products of `rows` rows of words, on and above the diagonal's panels. `lay(row, column, to)` lays out
+// the PANEL words of a row from that column on.
+template <class Word, class Lay, class Tile>
+static int add_products(int64_t rows, int64_t wide, float* gram, Lay lay, Tile tile) {
     const int64_t panels = wide / PANEL;
-    float* packed = static_cast<float*>(std::aligned_alloc(64, panels * DEPTH * PANEL * sizeof(float)));
+    Word* packed = static_cast<Word*>(std::aligned_alloc(64, panels * DEPTH * PANEL * sizeof(Word)));
     if (!packed) return 1;
     for (int64_t start = 0; start < rows; start += DEPTH) {
         const int64_t depth = rows - start < DEPTH ? rows - start : DEPTH;
 #pragma omp parallel
         {
 #pragma omp for schedule(static)
-            for (int64_t p = 0; p < panels; ++p) {
-                const int64_t width = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
-                for (int64_t t = 0; t < depth; ++t) {
-                    float* row = packed + (p * DEPTH + t) * PANEL;
-                    std::memcpy(row, x + (start + t) * columns + p * PANEL, width * sizeof(float));
-                    for (int64_t j = width; j < PANEL; ++j) row[j] = 0.0f;
-                }
-            }
+            for (int64_t p = 0; p < panels; ++p)
+                for (int64_t t = 0; t < depth; ++t) lay(start + t, p * PANEL, packed + (p * DEPTH + t) * PANEL);
 #pragma omp for schedule(dynamic)
             for (int64_t q = 0; q < panels; ++q)
                 for (int64_t i = 0; i < (q + 1) * PANEL; i += TALL)
@@ -52,6 +48,16 @@ extern "C" int add_gram(const float* x, int64_t rows, int64_t columns, int64_t w
     }
     std::free(packed);
     return 0;
+}
+
+// gram (wide, wide) += x^T x on and above the diagonal's panels, for x (rows, columns) and `wide` columns rounded up to panels.
+extern "C" int add_gram(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+    const auto lay = [=](int64_t row, int64_t column, float* to) {
+        const int64_t width = columns - column < PANEL ? columns - column : PANEL;
+        std::memcpy(to, x + row * columns + column, width * sizeof(float));
+        for (int64_t j = width; j < PANEL; ++j) to[j] = 0.0f;
+    };
+    return add_products<float>(rows, wide, gram, lay, [](auto... given) { tile(given...); });
 }
 
 #ifdef __AVX512BF16__
@@ -80,35 +86,17 @@ static inline __m512i halves_of(const float* row, __mmask16 lanes) {
 
 // `add_gram` of the rows rounded to bfloat16.
 extern "C" int add_gram_of_halves(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
-    constexpr int64_t PAIRS = DEPTH;
-    const int64_t panels = wide / PANEL;
-    uint32_t* packed = static_cast<uint32_t*>(std::aligned_alloc(64, panels * PAIRS * PANEL * sizeof(uint32_t)));
-    if (!packed) return 1;
-    for (int64_t start = 0; start < rows; start += 2 * PAIRS) {
-        const int64_t depth = rows - start < 2 * PAIRS ? (rows - start + 1) / 2 : PAIRS;
-#pragma omp parallel
-        {
-#pragma omp for schedule(static)
-            for (int64_t p = 0; p < panels; ++p)
-                for (int64_t t = 0; t < depth; ++t)
-                    for (int w = 0; w < WIDE; ++w) {
-                        const int64_t column = p * PANEL + 16 * w, row = start + 2 * t;
-                        const int64_t left = columns - column;
-                        const __mmask16 lanes = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-                        __m512i words = halves_of(x + row * columns + column, lanes);
-                        if (row + 1 < rows)
-                            words = _mm512_or_si512(words, _mm512_slli_epi32(halves_of(x + (row + 1) * columns + column, lanes), 16));
-                        _mm512_storeu_si512(packed + (p * PAIRS + t) * PANEL + 16 * w, words);
-                    }
-#pragma omp for schedule(dynamic)
-            for (int64_t q = 0; q < panels; ++q)
-                for (int64_t i = 0; i < (q + 1) * PANEL; i += TALL)
-                    tile_of_halves(packed + i / PANEL * PAIRS * PANEL + i % PANEL, packed + q * PAIRS * PANEL, depth,
-                                   gram + i * wide + q * PANEL, wide);
+    const auto lay = [=](int64_t pair, int64_t column, uint32_t* to) {
+        const float* row = x + 2 * pair * columns;
+        for (int64_t c = column; c < column + PANEL; c += 16, to += 16) {
+            const int64_t left = columns - c;
+            const __mmask16 lanes = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+            __m512i words = halves_of(row + c, lanes);
+            if (2 * pair + 1 < rows) words = _mm512_or_si512(words, _mm512_slli_epi32(halves_of(row + columns + c, lanes), 16));
+            _mm512_storeu_si512(to, words);
         }
-    }
-    std::free(packed);
-    return 0;
+    };
+    return add_products<uint32_t>((rows + 1) / 2, wide, gram, lay, [](auto... given) { tile_of_halves(given...); });
 }
 #endif
 

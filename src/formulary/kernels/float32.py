@@ -2,7 +2,7 @@
 
 MKL, with which PyTorch multiplies float32, keeps off AVX-512 on processors that are not Intel's; oneDNN does not. Attention
 without a mask runs in `kernels.encoder`, in float32 also where it is given half precision. The plain twin is the same code
-outside `faster`. With `halves`, linears round both factors to bfloat16, which some processors multiply twice as fast.
+outside `faster`. With `halves`, linears round factors and results to bfloat16, which some processors multiply twice as fast.
 """
 
 from functools import cache
@@ -23,7 +23,8 @@ FEW_ROWS = 32
 class faster(TorchFunctionMode):
     """Context in which `nn.functional.linear` of float32 tensors and `scaled_dot_product_attention` of float32, bfloat16 and
     float16 ones take the faster path on the CPU. Where gradients are recorded, and for all else, it changes nothing. With
-    `halves`, float32 linears multiply in bfloat16 and sum in float32 where the processor has instructions for that.
+    `halves`, float32 linears take factors and give results in bfloat16, summing in float32, where the processor has instructions
+    for that.
 
     >>> layer, x = torch.nn.Linear(64, 48), torch.randn(40, 64)
     >>> with torch.no_grad(), faster():
@@ -45,7 +46,7 @@ class faster(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`linear` with factors in bfloat16; an input that comes again (queries, keys and values) is rounded once."""
+        """`linear` in bfloat16; an input that comes again (queries, keys and values) is rounded once."""
         if input.numel() < FEW_ROWS * weight.shape[-1]:
             return F.linear(input, weight, bias)
         if self._latest[0] is not input or self._latest[1] != version(input):

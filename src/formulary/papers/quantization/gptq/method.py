@@ -49,7 +49,7 @@ class GPTQ(BlockTransform):
     not results.
 
     `apply(model, data)` needs calibration data; the paper takes 128 sequences of 2,048 tokens. Where the processor has
-    products of bfloat16, calibration (not the weights' own arithmetic) takes their factors so in float32 models too. Raises UsageError for
+    products of bfloat16, calibration (not the weights' own arithmetic) computes linears in it in float32 models too. Raises UsageError for
     a parameter out of range, and FormularyError when calibration meets NaN. Raised damping, and inputs, layers and
     experts that no token reached (their weights are rounded to nearest) are notes of the report.
 
@@ -136,7 +136,7 @@ class GPTQ(BlockTransform):
                 index = torch.arange(weight.shape[1], device=weight.device) // self.grid.columns(weight.shape[1])
                 rounded.group_index = index
             return rounded
-        if not torch.isfinite(gram.diagonal()).all():  # no entry is larger than the two of its diagonal
+        if not torch.isfinite(gram.diagonal()).all():
             raise FormularyError(f"the inputs of {name} overflow or are NaN in calibration: try another dtype or data")
         dead = int((gram.diagonal() == 0).sum())
         if dead:
@@ -248,8 +248,10 @@ def _order(gram: Tensor) -> Tensor:
 
 def _factor(gram: Tensor, order: Tensor | None, damp: float) -> tuple[Tensor, float]:
     """R (in, in) float64, upper triangular with R R^T = H, for columns in `order`; and the damping that it took. What is below
-    R's diagonal is anything.
+    R's diagonal is anything. Raises FormularyError for X^T X with NaN or infinite values.
     """
+    if not torch.isfinite(gram.diagonal()).all():  # no entry is larger than the two of its diagonal
+        raise FormularyError("calibration inputs overflow or are NaN: try another dtype or data")
     hessian = gram + torch.diag((gram.diagonal() == 0).to(gram.dtype))
     hessian = (hessian if order is None else hessian[order][:, order]).flip(0, 1).double()
     mean, diagonal = hessian.diagonal().mean(), hessian.diagonal().clone()

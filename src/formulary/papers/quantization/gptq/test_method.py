@@ -90,6 +90,14 @@ def test_output_error_is_well_below_rounding_on_the_same_grid(bits):
     assert compensation <= 0.6 * output_error(weight, round_to_nearest(weight, grid).dense(grid), gram)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_refused(value):
+    x = torch.randn(50, 16)
+    x[3, 5] = value
+    with pytest.raises(FormularyError, match="NaN"):
+        compensated(torch.randn(4, 16), x.T @ x, Grid(bits=4))
+
+
 @pytest.mark.parametrize("strip", [7, 16, 40, 256])
 def test_output_error_is_that_of_the_outputs(strip):
     weight, other, x = torch.randn(9, 40), torch.randn(9, 40), torch.randn(60, 40)
