@@ -36,9 +36,11 @@ def test_strided_and_half_precision_rows_count_as_they_are():
 def test_the_gram_of_halves_is_that_of_the_rows_in_bfloat16(batches, features, seed):
     """Where the processor has no such products, of the rows as they are."""
     x = torch.randn(sum(batches), features, generator=torch.Generator().manual_seed(seed))
-    gram = Gram(features, halves=True)
+    gram, of_bfloat16 = Gram(features, halves=True), Gram(features, halves=True)
     for batch in x.split(batches):
         gram.add(batch)
+        of_bfloat16.add(batch.bfloat16())
+    assert not gram.rounds or torch.equal(of_bfloat16.total(), gram.total())
     rounded = x.bfloat16().double() if gram.rounds else x.double()
     torch.testing.assert_close(gram.total().double(), rounded.mT @ rounded, atol=1e-3, rtol=1e-4)
     assert torch.equal(gram.total(), gram.total().mT)

@@ -21,6 +21,16 @@ def test_linears_are_pytorchs_to_rounding(rows, bias):
             torch.testing.assert_close(layer(x.mT.contiguous().mT), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [0, 1, 70])
+@pytest.mark.parametrize("outputs", [1, 45])
+def test_a_weight_may_be_in_any_order(outputs, features, dtype):
+    x, weight = torch.randn(40, features, dtype=dtype), torch.randn(outputs, features, dtype=dtype)
+    wanted = F.linear(x.double(), weight.double()).to(dtype)
+    for same in (weight, weight.mT.contiguous().mT, torch.stack([weight, weight], -1)[..., 0]):
+        torch.testing.assert_close(float32.linear(x, same), wanted)
+
+
 @pytest.mark.parametrize("has", [True, False])
 @pytest.mark.parametrize("bias", [False, True])
 def test_with_halves_factors_are_in_bfloat16_where_that_is_faster(monkeypatch, has, bias):

@@ -318,11 +318,11 @@ def observe(parts: Sequence[Linear], see: Callable[[Linear, Float[Tensor, "token
 
 
 def _masks(model, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """Which positions are real, for what flows through the encoder (or the only stack) and through the decoder."""
+    """Which positions are real, for what flows through the encoder (or the only stack) and through the decoder; None for all."""
 
     def mask(key):
         value = batch.get(key)
-        return value.bool() if value is not None and value.ndim == 2 else None
+        return value.bool() if value is not None and value.ndim == 2 and not value.all() else None
 
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"encoder": mask("attention_mask"), "decoder": mask("attention_mask")}

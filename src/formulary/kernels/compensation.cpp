@@ -84,10 +84,14 @@ static inline __m512i halves_of(const float* row, __mmask16 lanes) {
     return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half));
 }
 
-// `add_gram` of the rows rounded to bfloat16.
-extern "C" int add_gram_of_halves(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+static inline __m512i halves_of(const uint16_t* row, __mmask16 lanes) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row));
+}
+
+template <class Value>
+static int add_halves(const Value* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
     const auto lay = [=](int64_t pair, int64_t column, uint32_t* to) {
-        const float* row = x + 2 * pair * columns;
+        const Value* row = x + 2 * pair * columns;
         for (int64_t c = column; c < column + PANEL; c += 16, to += 16) {
             const int64_t left = columns - c;
             const __mmask16 lanes = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
@@ -97,6 +101,16 @@ extern "C" int add_gram_of_halves(const float* x, int64_t rows, int64_t columns,
         }
     };
     return add_products<uint32_t>((rows + 1) / 2, wide, gram, lay, [](auto... given) { tile_of_halves(given...); });
+}
+
+// `add_gram` of the rows rounded to bfloat16.
+extern "C" int add_gram_of_halves(const float* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+    return add_halves(x, rows, columns, wide, gram);
+}
+
+// `add_gram` of rows in bfloat16.
+extern "C" int add_gram_of_bfloat16(const uint16_t* x, int64_t rows, int64_t columns, int64_t wide, float* gram) {
+    return add_halves(x, rows, columns, wide, gram);
 }
 #endif
 

@@ -28,19 +28,19 @@ class Gram:
 
     def __init__(self, features: int, device: torch.device | str = "cpu", *, halves: bool = False):
         self.features, self._native = features, _signed() if torch.device(device).type == "cpu" else None
-        self._add = self._native and self._native.add_gram
         self.rounds = halves and hasattr(self._native, "add_gram_of_halves")
-        if self.rounds:
-            self._add = self._native.add_gram_of_halves
         wide = -(-features // PANEL) * PANEL if self._native else features
         self._sums = torch.zeros(wide, wide, device=device)
 
     def add(self, x: Float[Tensor, "tokens in"]) -> None:
         """One batch of rows; raises MemoryError when there is no room to lay them out."""
-        x = x.detach().float().contiguous()
+        as_is = self.rounds and x.dtype == torch.bfloat16
+        x = x.detach().contiguous() if as_is else x.detach().float().contiguous()
         if self._native is None:
             self._sums.addmm_(x.mT, x)
-        elif self._add(x.data_ptr(), *x.shape, len(self._sums), self._sums.data_ptr()):
+            return
+        add = self._native.add_gram_of_bfloat16 if as_is else self._native.add_gram_of_halves if self.rounds else self._native.add_gram
+        if add(x.data_ptr(), *x.shape, len(self._sums), self._sums.data_ptr()):
             raise MemoryError("no memory to lay out a batch of activations")
 
     def merge(self, other: "Gram") -> None:
@@ -109,8 +109,9 @@ def _signed() -> ctypes.CDLL | None:
     made = library("compensation")
     if made is not None:
         memory, size = ctypes.c_void_p, ctypes.c_int64
-        for add in (made.add_gram, getattr(made, "add_gram_of_halves", None)):
-            if add is not None:
+        for name in ("add_gram", "add_gram_of_halves", "add_gram_of_bfloat16"):
+            if hasattr(made, name):
+                add = getattr(made, name)
                 add.argtypes, add.restype = [memory, size, size, size, memory], ctypes.c_int
         made.walk.argtypes = [memory, size, size, size, size, memory, memory, memory, memory, ctypes.c_float, memory]
         made.walk.restype = None

@@ -56,9 +56,10 @@ class faster(TorchFunctionMode):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`nn.functional.linear` without gradients."""
-    if not has_onednn() or weight.ndim != 2 or input.numel() < FEW_ROWS * weight.shape[1]:
+    if not has_onednn() or weight.ndim != 2 or not weight.numel() or input.numel() < FEW_ROWS * weight.shape[1]:
         return F.linear(input, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight.contiguous(), bias, "none", [], "")
+    weight = weight if weight.mT.is_contiguous() else weight.contiguous()  # oneDNN takes either order as it is
+    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
 
 
 def attention(
