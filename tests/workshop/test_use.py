@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,10 @@ import formulary
 from formulary.contracts import edits
 from formulary.errors import UsageError
 from formulary.lab import small
-from formulary.workshop import methods, tables
+from formulary.workshop import html, methods, tables
+from formulary.workshop.comparing import Comparison
+from formulary.workshop.measuring import Row
+from formulary.workshop.quality import Quality
 from tests.workshop.conftest import TEXT
 
 
@@ -122,12 +126,29 @@ def test_training_free_means_every_method_of_the_kind_that_does_not_train(source
     assert {"gptq", "llm-int8", "greenformers-lrt", "xattention", "optin"} <= slugs
     assert not {"minilm", "matformer", "gtp-vit", "gla", "vit-sam"} & slugs, "these train, or change another kind of model"
     assert "gtp-vit" in methods.training_free("vision")
+    transforms = [plan.instance() for plan in asked["plans"] if plan.contract == "transform"]
+    assert not any(getattr(method, "steps", 0) for method in transforms), "a method that takes steps trains"
+
+
+@pytest.mark.parametrize(
+    "losses, scale", [((3.0, 3.1, 18.0), "log"), ((3.0, 3.1, 3.2), "linear"), ((0.9, 0.8, -0.2), "linear")]
+)
+def test_qualities_that_lie_far_apart_are_drawn_on_a_logarithmic_axis(tmp_path, monkeypatch, losses, scale):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure.axes[0]))
+    show, better = ("mean", "higher") if losses[0] < 1 else ("exp", "lower")
+    rows = [Row(name, seconds=1.0, qualities=[Quality("q", np.array([x, x + 0.01]), better, show)]) for name, x in zip("abc", losses)]
+    html.pareto_plot(Comparison("m", "d", rows, {}, {}, {}), tmp_path / "plot.png")
+    assert drawn[0].get_yscale() == scale
+    labels = [text.xyann[1] for text in drawn[0].texts]
+    assert all(0 <= height <= 1 for height in labels) and len(set(labels)) == 3
 
 
 def test_ties_share_a_rank():
     from formulary.evidence.timing import Timing
     from formulary.workshop.comparing import _ranks
-    from formulary.workshop.measuring import Row
 
     cpu = {"a": (1.0,) * 15, "b": (1.01,) * 15, "c": (2.0,) * 15}
     timing = Timing("a", cpu, cpu, dict.fromkeys(cpu, 1))

@@ -59,7 +59,9 @@ def report(found, path: Path, plot: Path) -> None:
 
 
 def pareto_plot(found, path: Path) -> None:
-    """CPU time per item against the main quality, with intervals; a line joins the rows that nobody beats."""
+    """CPU time per item against the main quality, with intervals, on a logarithmic axis where a method multiplies it (perplexity);
+    a line joins the rows that nobody beats.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -83,13 +85,16 @@ def pareto_plot(found, path: Path) -> None:
         if row.name in front:
             points.append((x, estimate))
     points.sort()
+    heights = [y for _, y in places.values()]
+    if min(row.qualities[0].interval()[1] for row in found.rows) > 0 and max(heights) > 10 * min(heights):
+        axes.set_yscale("log")
     axes.plot(*zip(*points), color="#999999", lw=1, zorder=0)
     axes.set_xlabel("times as fast as unchanged (CPU time, one thread)")
     axes.set_ylabel(f"{found.rows[0].qualities[0].name} ({found.rows[0].qualities[0].better} is better)")
     axes.set_title(f"{found.name} on {found.data}: filled points are beaten by nobody", fontsize=10)
     axes.grid(alpha=0.25)
-    low, high = axes.get_ylim()
-    heights = beside({name: (y - low) / (high - low) for name, (_, y) in places.items()})
+    within = axes.transData + axes.transAxes.inverted()
+    heights = beside({name: float(within.transform(place)[1]) for name, place in places.items()})
     line = {"arrowstyle": "-", "color": "#bbbbbb", "lw": 0.6, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
     for name, height in heights.items():
         axes.annotate(

@@ -162,6 +162,11 @@ class VQ4DiT(Transform):
         check_range("vq4dit", "freeze", self.freeze, 0.5, 1.0)
         check_range("vq4dit", "samples", self.samples, 1, 100_000)
 
+    @property
+    def trains(self) -> bool:
+        """Whether codebooks and assignments are trained after k-means."""
+        return self.steps > 0
+
     def run(self, model: nn.Module, data: Data | None, edit: Editor, report: Report) -> None:
         teacher = copy.deepcopy(model).eval() if self.steps else None
         layers: list[VQLinear] = []
