@@ -151,3 +151,15 @@ def test_parts_survive_deepcopy():
     again = copy.deepcopy(model)
     assert [p.name for p in parts.linears(model)] == [p.name for p in parts.linears(again)]
     assert not {id(p.raw) for p in parts.linears(model)} & {id(p.raw) for p in parts.linears(again)}
+
+
+def test_a_decoder_mask_that_is_given_counts_even_where_all_is_real_and_labels_only_without_one():
+    """Labels of -100 may hide the loss of tokens that flow through the decoder like any other."""
+    model, seen = small.tiny("t5"), {}
+    part = next(part for part in parts.linears(model) if part.name.startswith("decoder"))
+    batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.tensor([[-100, 5, 6]])}
+    masked = {**batch, "decoder_attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    for name, given in (("without", batch), ("with", masked)):
+        with parts.observe([part], lambda part, x, expert: seen.update({name: len(x)})) as run:
+            run(model, given)
+    assert seen == {"without": 2, "with": 3}

@@ -327,7 +327,7 @@ def _masks(model, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"encoder": mask("attention_mask"), "decoder": mask("attention_mask")}
     decoder = mask("decoder_attention_mask")
-    if decoder is None and "labels" in batch and batch["labels"].ndim == 2:
+    if batch.get("decoder_attention_mask") is None and "labels" in batch and batch["labels"].ndim == 2:
         decoder = batch["labels"] != -100
     return {"encoder": mask("attention_mask"), "decoder": decoder}
 
